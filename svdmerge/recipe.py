@@ -1,0 +1,225 @@
+"""The recipe: what to merge, how, and where to; validated whole before anything starts."""
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from svdmerge.core.params import Policy
+from svdmerge.errors import RecipeError
+
+_UNITS = {"": 1, "B": 1} | {f"{p}iB": 1 << (10 * i) for i, p in enumerate("KMGT", start=1)}
+_UNITS |= {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", start=1)}
+
+
+def parse_share(value: object) -> int | float:
+    """`10%` -> 0.1, `0.1` -> 0.1, `38` -> 38: a share of the rank is a float, a count an int."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([-+0-9.eE]+)\s*(%?)\s*", value)):
+        text, percent = match.groups()
+        try:
+            value = float(text) / 100 if percent else float(text) if "." in text else int(text)
+        except ValueError:
+            pass
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"got {value!r}; expected a share such as 10% or a whole number such as 38")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(f"got {value:.6g} as a share; expected more than 0 % and at most 100 %")
+    if value <= 0:
+        raise ValueError(f"got {value}; expected at least 1")
+    return value
+
+
+def parse_bytes(value: object) -> int:
+    """`2GiB` -> 2147483648."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?i?B?)\s*", str(value))
+    if not match or match[2] not in _UNITS or (size := int(float(match[1]) * _UNITS[match[2]])) < 1:
+        raise ValueError(f"got {value!r}; expected a size such as 2GiB or 500MB")
+    return size
+
+
+Share = Annotated[int | float, BeforeValidator(parse_share)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SourceModel(Section):
+    """A source: where it lies and how much it counts."""
+
+    model: str = Field(min_length=1)
+    weight: PositiveFloat = 1.0
+    """Scales this source's singular values and its share of the averages alike."""
+
+
+def _source(value: object) -> object:
+    return {"model": value} if isinstance(value, str) else value
+
+
+class Parameters(Section):
+    """How components are chosen and combined."""
+
+    k: Share = 0.1
+    """Components kept per matrix: a share of its rank, or a count."""
+    salience: Literal["sigma", "relative"] = "sigma"
+    """What ranks components: the singular value, or that over the matrix's Frobenius norm."""
+    scope: Literal["layer"] = "layer"
+    """Where components compete: within each matrix."""
+    scale: PositiveFloat = 1.0
+    """Strength of the whole merged difference."""
+    svd: Literal["exact", "truncated"] = "exact"
+    """Solver: a full SVD, or a randomized one of just the needed depth."""
+
+
+class PolicyRule(Section):
+    """What happens to the tensors whose name matches a glob."""
+
+    match: str
+    policy: Literal["base", "average", "decompose", "error"]
+
+
+class Resources(Section):
+    """What one task may use."""
+
+    threads: PositiveInt = 1
+    memory: Bytes = 2 << 30
+
+
+class TuneConfig(Section):
+    """Training of singular values for one target."""
+
+    task: Literal["text", "tensor"] = "text"
+    """`text`: tokenised, features are the mean over tokens; `tensor`: the column goes in as it is."""
+    model: str = "transformers:AutoModel"
+    """A transformers class, or `package.module:callable` that builds the backbone from its config."""
+    train: str
+    """Parquet file of training examples."""
+    test: str
+    """Parquet file that accuracy is measured on; never trained or selected on."""
+    input: str = "text"
+    """Column of the inputs."""
+    label: str = "label"
+    """Column of the integer labels, 0 to classes - 1."""
+    per_class: PositiveInt | None = None
+    """Few-shot: examples drawn per class; all of them by default."""
+    max_length: PositiveInt = 128
+    """Tokens of a text."""
+    num_values: Share = 0.1
+    """Singular values trained per matrix: a share of its rank, or a count."""
+    null_space: bool = False
+    """Train more values than there are merged components, on seeded null-space directions."""
+    epochs: PositiveInt = 10
+    batch_size: PositiveInt = 32
+    """Examples per step, over all workers."""
+    learning_rate: PositiveFloat = 0.1
+    """Of the singular values (AdamW, cosine)."""
+    head_learning_rate: PositiveFloat = 0.01
+    """Of the linear head."""
+    seed: int = 0
+    """Of the draw and of the order of examples."""
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Training processes: gloo on CPU, NCCL where each gets a GPU."""
+    use_gpu: bool = False
+    checkpoint_every: PositiveInt = 1
+    """Epochs between checkpoints."""
+    out: str | None = None
+    """Folder of the adapted model; `<out>-tuned` by default."""
+
+
+class Recipe(Section):
+    """A merge, whole."""
+
+    merge_method: Literal["axis", "average"] = "axis"
+    base_model: str = Field(min_length=1)
+    models: Annotated[
+        tuple[Annotated[SourceModel, BeforeValidator(_source)], ...], Field(min_length=1)
+    ]
+    parameters: Parameters = Parameters()
+    policies: tuple[PolicyRule, ...] = ()
+    store: str = "./svdmerge-store"
+    out: str = "./merged"
+    out_dtype: Literal["base", "float32", "float16", "bfloat16"] = "base"
+    max_shard_size: Bytes = 5 * 10**9
+    resources: Resources = Resources()
+    tune: TuneConfig | None = None
+
+    @property
+    def rules(self) -> tuple[Policy, ...]:
+        """The policies as the core takes them."""
+        return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies)
+
+    def numeric_digest(self) -> str:
+        """sha256 of what the numbers depend on besides the models: not `out`, `store`, or order."""
+        skip = {"out", "store", "tune", "models", "base_model", "resources"}
+        fields = self.model_dump(mode="json", exclude=skip) | {"threads": self.resources.threads}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def dump_yaml(self) -> str:
+        """The recipe with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe in a YAML file.
+
+    Raises:
+        RecipeError: the file is missing or no YAML mapping, or a key or value is wrong; every fault
+            is named, unknown keys with the nearest known one.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})", "", "Check the path.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML", str(error), "Correct the file.") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: holds {type(raw).__name__}", "A recipe is a mapping of keys.")
+    return parse_recipe(cast(dict[str, Any], raw), origin=str(path))
+
+
+def parse_recipe(raw: dict[str, Any], *, origin: str = "recipe") -> Recipe:
+    """The recipe in a mapping. Raises: RecipeError, as `load_recipe`."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = [_explain(fault) for fault in error.errors()]
+        raise RecipeError(f"{origin}: {faults[0]}", *["; ".join(faults[1:])]) from None
+
+
+def _explain(fault: Any) -> str:
+    place = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("function-"))
+    if fault["type"] != "extra_forbidden":
+        return f"{place}: {fault['msg'].removeprefix('Value error, ')}"
+    section, key = _section_at(fault["loc"][:-1]), str(fault["loc"][-1])
+    near = difflib.get_close_matches(key, section, n=1)
+    known = f"the nearest is `{near[0]}`" if near else f"known keys: {', '.join(sorted(section))}"
+    return f"{place}: unknown key; {known}"
+
+
+def _section_at(loc: tuple[str | int, ...]) -> list[str]:
+    """Keys known at a place of the recipe."""
+    sections: dict[str, type[Section]] = {
+        "parameters": Parameters,
+        "policies": PolicyRule,
+        "models": SourceModel,
+        "resources": Resources,
+        "tune": TuneConfig,
+    }
+    kind = sections.get(str(loc[0]), Recipe) if loc else Recipe
+    return list(kind.model_fields)

@@ -1,0 +1,1 @@
+"""Files, objects and formats: safetensors, Arrow shards, commits, Hugging Face folders."""

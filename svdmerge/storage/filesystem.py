@@ -1,0 +1,224 @@
+"""Files at a path or fsspec URI: range reads, listings, and writes that are whole or absent."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from svdmerge.errors import StoreError
+
+# s3fs caches listings per process; a store is written by many.
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStat:
+    """What identifies a file's version: its size, and an ETag or modification time."""
+
+    size: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of any fsspec filesystem. Holds only its URI, so it travels to workers as text."""
+
+    uri: str
+
+    @staticmethod
+    def at(uri: str | Path) -> "Folder":
+        """The folder at a path or URI; local paths are made absolute, workers have another cwd."""
+        text = str(uri)
+        if "://" not in text:
+            text = str(Path(text).expanduser().resolve())
+        return Folder(text.rstrip("/") if text.strip("/") else text)
+
+    @property
+    def fs(self) -> Any:
+        """The filesystem, cached by fsspec per process."""
+        return self._open()[0]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is the local filesystem."""
+        return "file" in _protocols(self.fs)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes see what one writes."""
+        return "memory" not in _protocols(self.fs)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.uri.rsplit("/", 1)[-1]
+
+    def child(self, relative: str) -> "Folder":
+        """A folder below this one."""
+        return Folder(f"{self.uri}/{relative}")
+
+    def path(self, relative: str = "") -> str:
+        """The filesystem's own path of a file below this folder."""
+        root = self._open()[1].rstrip("/")
+        return f"{root}/{relative}" if relative else root
+
+    def stat(self, relative: str = "") -> FileStat | None:
+        """Size and version of a file; None if there is no such file."""
+        try:
+            info = self.fs.info(self.path(relative))
+        except FileNotFoundError:
+            return None
+        if info.get("type") != "file":
+            return None
+        if self.is_local:
+            version = str(os.stat(self.path(relative)).st_mtime_ns)  # noqa: PTH116
+        else:
+            keys = ("ETag", "etag", "md5Hash", "blob_id", "created", "LastModified", "mtime")
+            version = next((str(info[k]) for k in keys if info.get(k)), "")
+        return FileStat(size=int(info["size"]), version=version)
+
+    def exists(self, relative: str = "") -> bool:
+        """Whether a file or folder is there."""
+        return bool(self.fs.exists(self.path(relative)))
+
+    def names(self) -> list[str]:
+        """Names of the files and folders directly below; empty if the folder is missing."""
+        try:
+            found = self.fs.ls(self.path(), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(str(p).rstrip("/").rsplit("/", 1)[-1] for p in found)
+
+    def find(self, relative: str = "") -> dict[str, int]:
+        """Sizes of all files below, by path relative to this folder."""
+        root = self.path() + "/"
+        try:
+            found: dict[str, Any] = self.fs.find(self.path(relative), detail=True)
+        except FileNotFoundError:
+            return {}
+        return {p.removeprefix(root): int(i["size"]) for p, i in sorted(found.items())}
+
+    def read(self, relative: str, *, start: int | None = None, stop: int | None = None) -> bytes:
+        """A file's bytes, or those of a range."""
+        return self.fs.cat_file(self.path(relative), start=start, end=stop)
+
+    def put(self, relative: str, data: bytes) -> None:
+        """Write a file whole; an older one is replaced."""
+        with _told(self, relative), self.writing(relative) as out:
+            out.write(data)
+
+    @contextlib.contextmanager
+    def writing(self, relative: str) -> Iterator[Any]:
+        """A file to stream into: it appears when the block ends well, and never if it raises."""
+        with _told(self, relative):
+            if not self.is_local:
+                with self.fs.transaction, self.fs.open(self.path(relative), "wb") as out:
+                    yield out
+                return
+            target = Path(self.path(relative))
+            with _temporary(target) as (out, temporary):
+                yield out
+                _sync(out)
+                temporary.replace(target)
+
+    def put_once(self, relative: str, data: bytes) -> bool:
+        """Write a file unless one is there; whether this call wrote it. Atomic where the store is."""
+        with _told(self, relative):
+            if self.is_local:
+                target = Path(self.path(relative))
+                with _temporary(target) as (out, temporary):
+                    out.write(data)
+                    _sync(out)
+                    return _link(temporary, target)
+            try:
+                if self.exists(relative):
+                    return False
+                self.fs.pipe_file(self.path(relative), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # s3fs tells a failed If-None-Match (HTTP 412) as EINVAL.
+                if error.errno == errno.EINVAL or "PreconditionFailed" in str(error):
+                    return False
+                raise
+            return True
+
+    def remove(self, relative: str = "") -> None:
+        """Delete a file or folder, if it is there."""
+        if self.exists(relative):
+            self.fs.rm(self.path(relative), recursive=True)
+
+    def probe_writable(self) -> None:
+        """Raise StoreError unless a file can be written here."""
+        self.put(".svdmerge-probe", b"")
+        self.remove(".svdmerge-probe")
+
+    def _open(self) -> tuple[Any, str]:
+        protocol = self.uri.split("://", 1)[0] if "://" in self.uri else "file"
+        try:
+            return fsspec.url_to_fs(self.uri, **_OPTIONS.get(protocol, {}))
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"{self.uri}: cannot be opened", str(error)) from None
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[tuple[Any, Path]]:
+    """A file beside the target, removed unless renamed. Dot names are never read as data."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=target.parent)
+    os.chmod(name, 0o666 & ~_UMASK)  # noqa: PTH101  mkstemp makes private files; outputs are not
+    try:
+        with os.fdopen(handle, "wb") as out:
+            yield out, Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+
+
+def _sync(out: Any) -> None:
+    out.flush()
+    os.fsync(out.fileno())
+
+
+def _link(temporary: Path, target: Path) -> bool:
+    try:
+        os.link(temporary, target)  # noqa: PTH200  fails where the target exists: put-once
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _told(folder: Folder, relative: str) -> Iterator[None]:
+    """Turn a failed write into an error that names the file and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileExistsError | FileNotFoundError) and not folder.is_local:
+            raise
+        place = f"{folder.uri}/{relative}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"{place}: disk full", str(error), "Free space, then run the same command again."
+            ) from error
+        raise StoreError(
+            f"{place}: cannot be written", str(error), "Check the path and its permissions."
+        ) from error

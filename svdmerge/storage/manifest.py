@@ -1,0 +1,209 @@
+"""Commits: records put once, written last, that say which objects of the store to trust."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from svdmerge.core.components import RankOneComponents, concatenate
+from svdmerge.errors import StoreError
+from svdmerge.storage import schema
+from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.shards import (
+    Block,
+    Rows,
+    Spectrum,
+    decode_spectra,
+    encode,
+    encode_spectra,
+    read_blocks,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A stored object: its path in the store, size and sha256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Covered:
+    """A matrix a commit covers: components first..depth-1, and the sha256 of what was read."""
+
+    parameter: str
+    first: int
+    depth: int
+    source_sha256: str
+    base_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """What one unit of work left in the store."""
+
+    shard: Entry
+    spectrum: Entry | None
+    covered: tuple[Covered, ...]
+    blocks: tuple[Block, ...]
+    solver: str
+    numerics: str
+    schema_version: int = schema.VERSION
+
+    def to_json(self) -> bytes:
+        """The record's bytes."""
+        return json.dumps(asdict(self), sort_keys=True, indent=1).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> "Commit":
+        """The record in bytes. Raises: StoreError, if it is not one."""
+        try:
+            raw: dict[str, Any] = json.loads(data)
+            if raw["schema_version"] != schema.VERSION:
+                raise StoreError(
+                    f"a commit has schema version {raw['schema_version']}",
+                    f"This version reads {schema.VERSION}.",
+                    "Use a fresh store.",
+                )
+            raw["shard"] = Entry(**raw["shard"])
+            raw["spectrum"] = Entry(**raw["spectrum"]) if raw["spectrum"] else None
+            raw["covered"] = tuple(Covered(**c) for c in raw["covered"])
+            raw["blocks"] = tuple(Block(**b) for b in raw["blocks"])
+            return Commit(**raw)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError("a commit record is malformed", str(error)) from error
+
+
+def put_unit(
+    store: Folder,
+    *,
+    data_prefix: str,
+    commit_path: str,
+    rows: Sequence[Rows],
+    spectra: Sequence[Spectrum],
+    covered: Sequence[Covered],
+    solver: str,
+    numerics: str,
+) -> Commit:
+    """Store a unit's objects, then its commit; the commit in force, which may be an earlier one.
+
+    Objects are named by their own hash: a second attempt can only add an orphan. If a commit is there
+    already its objects win, and if they are gone but identical ones were just written, it is healed.
+
+    Raises:
+        StoreError: the earlier commit names objects that are lost and differ from these.
+    """
+    shard, blocks = encode(rows)
+    entry = _put(store, data_prefix, ".arrow", shard)
+    sidecar = _put(store, data_prefix, ".spectrum.arrow", encode_spectra(spectra)) if spectra else None
+    commit = Commit(
+        shard=entry, spectrum=sidecar, covered=tuple(covered), blocks=blocks,
+        solver=solver, numerics=numerics,
+    )  # fmt: skip
+    if store.put_once(commit_path, commit.to_json()):
+        return commit
+    earlier = Commit.from_json(store.read(commit_path))
+    lost = [e.path for e in objects(earlier) if not store.exists(e.path)]
+    if lost:
+        raise StoreError(
+            f"{store.uri}/{commit_path}: names {lost[0]}, which is gone",
+            "Recomputing gave other bytes, as another kind of machine may.",
+            "Delete that commit, then run the same command again.",
+        )
+    return earlier
+
+
+def objects(commit: Commit) -> list[Entry]:
+    """The objects a commit names."""
+    return [commit.shard] + ([commit.spectrum] if commit.spectrum else [])
+
+
+def _put(store: Folder, prefix: str, suffix: str, data: bytes) -> Entry:
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = f"{prefix}-{sha256[:16]}{suffix}"
+    entry = Entry(path=path, size=len(data), sha256=sha256)
+    stat = store.stat(path)
+    if stat is None or stat.size != entry.size:
+        store.put(path, data)
+    return entry
+
+
+class Committed:
+    """What one source has in the store, by matrix: only what commits name and listings confirm."""
+
+    def __init__(self, store: Folder, commits: Sequence[Commit]) -> None:
+        self.store = store
+        self.commits = tuple(commits)
+        self._covered: dict[str, list[tuple[Covered, Commit]]] = defaultdict(list)
+        for commit in self.commits:
+            for c in commit.covered:
+                self._covered[c.parameter].append((c, commit))
+        for parts in self._covered.values():
+            parts.sort(key=lambda part: part[0].first)
+
+    @staticmethod
+    def load(store: Folder, *, commits: str, data: str) -> "Committed":
+        """Commits below one prefix, less those whose objects the listing below `data` lacks."""
+        sizes = store.find(data)
+        found = [Commit.from_json(store.read(p)) for p in store.find(commits) if p.endswith(".json")]
+        whole = [c for c in found if all(sizes.get(e.path) == e.size for e in objects(c))]
+        return Committed(store, whole)
+
+    def depth(self, parameter: str) -> int:
+        """Components of the matrix that are stored without a gap from the first on."""
+        depth = 0
+        for covered, _ in self._covered.get(parameter, []):
+            if covered.first <= depth:
+                depth = max(depth, covered.depth)
+        return depth
+
+    def sha256(self, parameter: str) -> str:
+        """sha256 of the source's bytes of the matrix."""
+        return self._covered[parameter][0][0].source_sha256
+
+    def read(self, parameter: str, indices: Sequence[int]) -> RankOneComponents:
+        """The components with these indices, in their order.
+
+        Raises:
+            StoreError: one is not stored, or damaged.
+        """
+        wanted, found = set(indices), dict[int, RankOneComponents]()
+        for _, commit in self._covered.get(parameter, []):
+            blocks = [
+                b
+                for b in commit.blocks
+                if b.parameter == parameter and wanted & set(range(b.first, b.first + b.count))
+            ]
+            for block, part in read_blocks(self.store, commit.shard.path, blocks):
+                for i in range(block.count):
+                    found.setdefault(block.first + i, part.slice(i, i + 1))
+            if wanted <= set(found):
+                return concatenate([found[i] for i in indices])
+        raise StoreError(
+            f"{self.store.uri}: component {min(wanted - set(found))} of {parameter} is not stored",
+            f"Stored without a gap: {self.depth(parameter)}.",
+            "Run `svdmerge decompose` first.",
+        )
+
+    def spectra(self) -> Mapping[str, list[Spectrum]]:
+        """Every matrix's listed values, by first index. Raises: StoreError, if a sidecar is damaged."""
+        found: dict[str, list[Spectrum]] = defaultdict(list)
+        for commit in self.commits:
+            if commit.spectrum is None:
+                continue
+            data = self.store.read(commit.spectrum.path)
+            if hashlib.sha256(data).hexdigest() != commit.spectrum.sha256:
+                raise StoreError(
+                    f"{self.store.uri}/{commit.spectrum.path}: not what its commit says",
+                    "The sidecar was damaged or replaced.",
+                    "Delete it and run again.",
+                )
+            for spectrum in decode_spectra(data):
+                found[spectrum.parameter].append(spectrum)
+        for parts in found.values():
+            parts.sort(key=lambda x: x.first)
+        return found

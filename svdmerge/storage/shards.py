@@ -1,0 +1,195 @@
+"""Component shards: Arrow IPC files whose batches are blocks of one matrix's components."""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from svdmerge.core.components import RankOneComponents
+from svdmerge.errors import StoreError
+from svdmerge.storage import schema
+from svdmerge.storage.filesystem import Folder
+
+# Components per batch: the unit of depth and of reading. Winners of a source are few (about 5 of 384
+# on real deltas), so a block is small; it is wide enough for level-3 BLAS in an iterative solver.
+BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Components of one matrix, numbered from `first`, to be stored."""
+
+    parameter: str
+    kind: str
+    first: int
+    components: RankOneComponents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A stored batch: which components it holds, and the sha256 of their numbers."""
+
+    parameter: str
+    first: int
+    count: int
+    batch: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spectrum:
+    """A matrix's singular values from `first` on, and what bounds those not listed."""
+
+    parameter: str
+    sha256: str
+    m: int
+    n: int
+    fro: float
+    bound: float
+    first: int
+    s: np.ndarray
+
+
+def encode(rows: Iterable[Rows]) -> tuple[bytes, tuple[Block, ...]]:
+    """A shard's bytes, and its blocks. The same rows give the same bytes."""
+    sink, blocks = io.BytesIO(), list[Block]()
+    with pa.ipc.new_file(sink, schema.SHARD) as writer:
+        for row in rows:
+            for start in range(0, len(row.components), BLOCK):
+                part = row.components.slice(start, start + BLOCK).to(torch.float32)
+                batch = _batch(row, start=row.first + start, part=part)
+                blocks.append(
+                    Block(
+                        parameter=row.parameter,
+                        first=row.first + start,
+                        count=len(part),
+                        batch=len(blocks),
+                        sha256=_numbers_sha256(batch),
+                    )
+                )
+                writer.write_batch(batch)
+    return sink.getvalue(), tuple(blocks)
+
+
+def read_blocks(
+    folder: Folder, path: str, blocks: Sequence[Block]
+) -> Iterator[tuple[Block, RankOneComponents]]:
+    """The blocks' components, by range reads of just their batches.
+
+    Raises:
+        StoreError: the shard is missing, or a block is not what its commit says.
+    """
+    try:
+        with folder.fs.open(folder.path(path), "rb") as file, pa.ipc.open_file(file) as reader:
+            for block in blocks:
+                batch = reader.get_batch(block.batch)
+                if _numbers_sha256(batch) != block.sha256:
+                    raise _damaged(folder, path, block.parameter)
+                yield block, _components(batch)
+    except (FileNotFoundError, pa.ArrowException, OSError) as error:
+        raise _damaged(folder, path, str(error)) from error
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """An Arrow IPC file of a table."""
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def decode_table(data: bytes) -> pa.Table:
+    """The table in an Arrow IPC file."""
+    return pa.ipc.open_file(pa.BufferReader(data)).read_all()
+
+
+def encode_spectra(spectra: Sequence[Spectrum]) -> bytes:
+    """A sidecar's bytes."""
+    columns = [
+        [getattr(x, f.name) for x in spectra] for f in schema.SPECTRUM if f.name != "s"
+    ]
+    values = [pa.array(x.s, pa.float32()) for x in spectra]
+    columns.append(_lists(values))
+    return encode_table(pa.table(columns, schema=schema.SPECTRUM))
+
+
+def decode_spectra(data: bytes) -> list[Spectrum]:
+    """The spectra in a sidecar."""
+    table = decode_table(data)
+    if table.schema.metadata != schema.SPECTRUM.metadata:
+        raise StoreError(
+            f"a spectrum sidecar has schema {table.schema.metadata}",
+            f"This version reads {schema.SPECTRUM.metadata}.",
+            "Use a fresh store.",
+        )
+    rows = table.drop_columns("s").to_pylist()
+    lists = table.column("s").combine_chunks()
+    return [
+        Spectrum(**row, s=lists[i].values.to_numpy(zero_copy_only=False))
+        for i, row in enumerate(rows)
+    ]
+
+
+def _lists(parts: Sequence[pa.Array]) -> pa.Array:
+    offsets = np.cumsum([0, *(len(p) for p in parts)])
+    values = pa.concat_arrays(parts) if parts else pa.array([], pa.float32())
+    return pa.LargeListArray.from_arrays(
+        pa.array(offsets, pa.int64()), values, type=schema.SPECTRUM.field("s").type
+    )
+
+
+def _batch(row: Rows, *, start: int, part: RankOneComponents) -> pa.RecordBatch:
+    count = len(part)
+    return pa.record_batch(
+        [
+            pa.array([row.parameter] * count),
+            pa.array(range(start, start + count), pa.int32()),
+            pa.array([row.kind] * count),
+            pa.nulls(count, pa.int32()),
+            pa.array(part.s.numpy()),
+            _vectors(part.u.T),
+            _vectors(part.vh),
+        ],
+        schema=schema.SHARD,
+    )
+
+
+def _vectors(rows: torch.Tensor) -> pa.Array:
+    """A list column from the rows of (count, length)."""
+    values = pa.array(rows.contiguous().numpy().reshape(-1))
+    offsets = pa.array(np.arange(rows.shape[0] + 1, dtype=np.int64) * rows.shape[1])
+    return pa.LargeListArray.from_arrays(offsets, values, type=schema.SHARD.field("u").type)
+
+
+def _matrix(batch: pa.RecordBatch, column: str) -> torch.Tensor:
+    """(count, length) from a list column; copied, for Arrow's memory is read-only."""
+    values = batch.column(column).flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(values.reshape(batch.num_rows, -1).copy())
+
+
+def _components(batch: pa.RecordBatch) -> RankOneComponents:
+    s = batch.column("s").to_numpy(zero_copy_only=False)
+    return RankOneComponents(
+        u=_matrix(batch, "u").T, s=torch.from_numpy(s.copy()), vh=_matrix(batch, "vh")
+    )
+
+
+def _numbers_sha256(batch: pa.RecordBatch) -> str:
+    digest = hashlib.sha256()
+    digest.update(batch.column("s").to_numpy(zero_copy_only=False).tobytes())
+    for column in ("u", "vh"):
+        digest.update(batch.column(column).flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def _damaged(folder: Folder, path: str, what: str) -> StoreError:
+    return StoreError(
+        f"{folder.uri}/{path}: shard is missing or damaged ({what})",
+        "It is not what its commit says.",
+        f"`svdmerge store verify {folder.uri}` names everything damaged; delete the commits it "
+        "names and run again.",
+    )

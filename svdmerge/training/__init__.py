@@ -1,0 +1,1 @@
+"""Tuning of singular values on Ray Train or in this process."""
