@@ -1,3 +1,3 @@
-"""Merge many fine-tuned models of one base by their singular components; adapt by training a few."""
+"""Many fine-tuned models of one base merged by singular components, and tuned by a few."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""One tree of errors: what was got, what was expected, what to do. Every class survives pickling."""
+"""One tree of errors: what was got, what was expected, what to do. All survive pickling."""
 
 
 class SvdmergeError(Exception):
@@ -27,7 +27,7 @@ class MismatchError(SvdmergeError):
 
 
 class ContentError(SvdmergeError):
-    """A tensor's content is unusable: NaN, Inf, or an integer buffer that differs from the base's."""
+    """A tensor's content is unusable: NaN, Inf, or an integer buffer unlike the base's."""
 
 
 class SolverError(SvdmergeError):
@@ -39,7 +39,7 @@ class StoreError(SvdmergeError):
 
 
 class OutputError(SvdmergeError):
-    """The output folder is foreign, cannot be written, or does not hold what its manifest claims."""
+    """The output folder is foreign, or does not hold what its manifest claims."""
 
 
 class ResourceError(SvdmergeError):

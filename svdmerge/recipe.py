@@ -1,5 +1,6 @@
 """The recipe: what to merge, how, and where to; validated whole before anything starts."""
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -21,20 +22,21 @@ from pydantic import (
 from svdmerge.core.params import Policy
 from svdmerge.errors import RecipeError
 
-_UNITS = {"": 1, "B": 1} | {f"{p}iB": 1 << (10 * i) for i, p in enumerate("KMGT", start=1)}
-_UNITS |= {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", start=1)}
+_UNITS = (
+    {"": 1, "B": 1}
+    | {f"{p}iB": 1 << (10 * i) for i, p in enumerate("KMGT", start=1)}
+    | {f"{p}B": 10 ** (3 * i) for i, p in enumerate("KMGT", start=1)}
+)
 
 
 def parse_share(value: object) -> int | float:
     """`10%` -> 0.1, `0.1` -> 0.1, `38` -> 38: a share of the rank is a float, a count an int."""
     if isinstance(value, str) and (match := re.fullmatch(r"\s*([-+0-9.eE]+)\s*(%?)\s*", value)):
         text, percent = match.groups()
-        try:
+        with contextlib.suppress(ValueError):
             value = float(text) / 100 if percent else float(text) if "." in text else int(text)
-        except ValueError:
-            pass
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"got {value!r}; expected a share such as 10% or a whole number such as 38")
+        raise ValueError(f"got {value!r}; expected a share such as 10% or a number such as 38")
     if isinstance(value, float) and not 0 < value <= 1:
         raise ValueError(f"got {value:.6g} as a share; expected more than 0 % and at most 100 %")
     if value <= 0:
@@ -105,9 +107,9 @@ class TuneConfig(Section):
     """Training of singular values for one target."""
 
     task: Literal["text", "tensor"] = "text"
-    """`text`: tokenised, features are the mean over tokens; `tensor`: the column goes in as it is."""
+    """`text`: tokenised, features are means over tokens; `tensor`: the column goes in as it is."""
     model: str = "transformers:AutoModel"
-    """A transformers class, or `package.module:callable` that builds the backbone from its config."""
+    """A transformers class, or `package.module:callable` that builds a backbone from its config."""
     train: str
     """Parquet file of training examples."""
     test: str
@@ -185,7 +187,8 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})", "", "Check the path.") from None
+        why = error.strerror or str(error)
+        raise RecipeError(f"{path}: cannot be read ({why})", "", "Check the path.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML", str(error), "Correct the file.") from None
     if not isinstance(raw, dict):

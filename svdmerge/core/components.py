@@ -47,6 +47,11 @@ def concatenate(parts: Sequence[RankOneComponents]) -> RankOneComponents:
 
 
 def flat(values: Float[Tensor, "1 n"]) -> RankOneComponents:
-    """A flat difference as one component with u = s = 1: exact, so averages travel in the same currency."""
+    """A flat difference as one component with u = s = 1: exact, and the same currency."""
     one = torch.ones(1, dtype=values.dtype)
     return RankOneComponents(u=one[:, None], s=one, vh=values)
+
+
+def none(m: int, n: int) -> RankOneComponents:
+    """No components of an (m, n) matrix: their sum is zero."""
+    return RankOneComponents(u=torch.zeros(m, 0), s=torch.zeros(0), vh=torch.zeros(0, n))

@@ -15,5 +15,6 @@ def delta(source: Float[Tensor, "m n"], *, base: Float[Tensor, "m n"]) -> Float[
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. A sum stays finite only if all terms are, save overflow."""
+    """Whether no element is NaN or infinite."""
+    # A sum is NaN or infinite if a term is; the slower check is for sums that overflow.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -51,7 +51,7 @@ class Policy:
     policy: str
 
 
-# Parts of a dotted name. Whole words, so that a mixture's `shared_experts` is not taken for T5's `shared`.
+# Parts of a dotted name. Whole words, so that a mixture's `shared_experts` is not T5's `shared`.
 BASE_WORDS = frozenset({"wte", "wpe", "shared", "lm_head"})
 BASE_FRAGMENTS = ("embed", "position")
 
@@ -67,7 +67,7 @@ def action_of(
 ) -> Action:
     """The action for a tensor: the first matching policy, else the defaults in order.
 
-    `matrix_action` is what the merge method does with matrices (AXIS decomposes, averaging averages).
+    `matrix_action` is what the merge method does with matrices.
 
     Raises:
         RecipeError: a policy refuses the tensor, or asks to merge integers.
@@ -111,7 +111,11 @@ def matrices(name: str, *, shape: Sequence[int], action: Action) -> tuple[Parame
     vector as (1, n). Everything else travels flat, as (1, numel).
     """
     numel = math.prod(shape)
-    if action is not Action.DECOMPOSE or len(shape) < 2:
+    if action is not Action.DECOMPOSE:
+        # Another id: a store may hold a matrix both decomposed and flat, for different methods.
+        key = f"{name}#flat" if action is Action.AVERAGE else name
+        return (Parameter(id=key, tensor=name, start=0, m=1, n=numel, action=action),)
+    if len(shape) < 2:
         return (Parameter(id=name, tensor=name, start=0, m=1, n=numel, action=action),)
     if len(shape) == 3:
         stack, m, n = shape
@@ -125,7 +129,7 @@ def matrices(name: str, *, shape: Sequence[int], action: Action) -> tuple[Parame
 
 
 def budget(k: int | float, *, rank: int) -> int:
-    """Components kept of a matrix of that rank: an integer clamped to it, or floor(share * rank), >= 1.
+    """Components kept of a matrix: an integer clamped to its rank, or floor(share * rank), >= 1.
 
     1e-9 is added before flooring so that 0.1 * 30 = 2.9999999999999996 is three.
     """

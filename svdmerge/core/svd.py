@@ -8,7 +8,7 @@ from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
 
-# Halko et al. 4.4 at four passes: the error of a slowly decaying spectrum falls with (s_l/s_k)^(2q+1).
+# Power iterations, Halko et al. 4.4: the error of a slow spectrum falls with (s_l/s_k)^(2q+1).
 PASSES = 4
 # Extra columns of the sketch beyond the wanted depth (Halko et al. 4.2 suggest 5 to 10).
 OVERSAMPLE = 8
@@ -17,10 +17,13 @@ OVERSAMPLE = 8
 def exact(matrix: Float[Tensor, "m n"]) -> RankOneComponents:
     """All r components, singular values descending, signs fixed.
 
-    In float64: two components of one source can stand 4e-5 apart at the cut (measured on real deltas),
+    In float64: components of one source can stand 4e-5 apart at the cut (measured on real deltas),
     and float32 vectors would mix by eps / gap, far above what selection promises.
+    Values that are rounding alone (below max(m, n) * eps * s_0) are exactly zero.
     """
     u, s, vh = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
+    if len(s):
+        s = torch.where(s > s[0] * torch.finfo(s.dtype).eps * max(matrix.shape), s, 0.0)
     return _fix_signs(RankOneComponents(u=u, s=s, vh=vh))
 
 
@@ -43,7 +46,7 @@ def truncated(matrix: Float[Tensor, "m n"], *, depth: int, seed: int) -> RankOne
 
 
 def seed_of(parameter: str, *, m: int, n: int, block: int) -> int:
-    """A sketch's seed, from what the block is and nothing else, so that any worker draws the same."""
+    """A sketch's seed, from what the block is alone, so that any worker draws the same."""
     text = f"{parameter}\0{m}\0{n}\0{block}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

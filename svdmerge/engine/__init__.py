@@ -1,1 +1,1 @@
-"""The distributed engine: plan, decompose, select, assemble on Ray Core tasks or in this process."""
+"""The engine: plan, decompose, select, assemble on Ray Core tasks or in this process."""

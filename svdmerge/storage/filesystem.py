@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Folder:
             out.write(data)
 
     @contextlib.contextmanager
-    def writing(self, relative: str) -> Iterator[Any]:
+    def writing(self, relative: str) -> Generator[Any]:
         """A file to stream into: it appears when the block ends well, and never if it raises."""
         with _told(self, relative):
             if not self.is_local:
@@ -128,7 +128,7 @@ class Folder:
                 temporary.replace(target)
 
     def put_once(self, relative: str, data: bytes) -> bool:
-        """Write a file unless one is there; whether this call wrote it. Atomic where the store is."""
+        """Write a file unless one is there; whether this call wrote it."""
         with _told(self, relative):
             if self.is_local:
                 target = Path(self.path(relative))
@@ -172,7 +172,7 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[tuple[Any, Path]]:
+def _temporary(target: Path) -> Generator[tuple[Any, Path]]:
     """A file beside the target, removed unless renamed. Dot names are never read as data."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=target.parent)
@@ -200,14 +200,14 @@ def _sync(out: Any) -> None:
 
 def _link(temporary: Path, target: Path) -> bool:
     try:
-        os.link(temporary, target)  # noqa: PTH200  fails where the target exists: put-once
+        os.link(temporary, target)  # fails where the target exists: put-once
     except FileExistsError:
         return False
     return True
 
 
 @contextlib.contextmanager
-def _told(folder: Folder, relative: str) -> Iterator[None]:
+def _told(folder: Folder, relative: str) -> Generator[None]:
     """Turn a failed write into an error that names the file and the way out."""
     try:
         yield

@@ -91,15 +91,17 @@ def put_unit(
 ) -> Commit:
     """Store a unit's objects, then its commit; the commit in force, which may be an earlier one.
 
-    Objects are named by their own hash: a second attempt can only add an orphan. If a commit is there
-    already its objects win, and if they are gone but identical ones were just written, it is healed.
+    Objects are named by their own hash: a second attempt can only add an orphan. If a commit is
+    there already its objects win; if they were lost, identical ones just written heal it.
 
     Raises:
         StoreError: the earlier commit names objects that are lost and differ from these.
     """
     shard, blocks = encode(rows)
     entry = _put(store, data_prefix, ".arrow", shard)
-    sidecar = _put(store, data_prefix, ".spectrum.arrow", encode_spectra(spectra)) if spectra else None
+    sidecar = None
+    if spectra:
+        sidecar = _put(store, data_prefix, ".spectrum.arrow", encode_spectra(spectra))
     commit = Commit(
         shard=entry, spectrum=sidecar, covered=tuple(covered), blocks=blocks,
         solver=solver, numerics=numerics,
@@ -147,11 +149,15 @@ class Committed:
 
     @staticmethod
     def load(store: Folder, *, commits: str, data: str) -> "Committed":
-        """Commits below one prefix, less those whose objects the listing below `data` lacks."""
+        """Commits below a prefix, less those whose objects are not listed below `data`."""
         sizes = store.find(data)
-        found = [Commit.from_json(store.read(p)) for p in store.find(commits) if p.endswith(".json")]
+        paths = [p for p in store.find(commits) if p.endswith(".json")]
+        found = [Commit.from_json(store.read(p)) for p in paths]
         whole = [c for c in found if all(sizes.get(e.path) == e.size for e in objects(c))]
         return Committed(store, whole)
+
+    def __contains__(self, parameter: str) -> bool:
+        return parameter in self._covered
 
     def depth(self, parameter: str) -> int:
         """Components of the matrix that are stored without a gap from the first on."""
@@ -190,7 +196,11 @@ class Committed:
         )
 
     def spectra(self) -> Mapping[str, list[Spectrum]]:
-        """Every matrix's listed values, by first index. Raises: StoreError, if a sidecar is damaged."""
+        """Every matrix's listed values, by first index.
+
+        Raises:
+            StoreError: a sidecar is damaged.
+        """
         found: dict[str, list[Spectrum]] = defaultdict(list)
         for commit in self.commits:
             if commit.spectrum is None:

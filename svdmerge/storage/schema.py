@@ -2,9 +2,11 @@
 
 import pyarrow as pa
 
-VERSION = 1
+from svdmerge.storage.layout import SCHEMA_VERSION as VERSION
 
-# One row per rank-one component. A batch holds rows of one matrix only, so its lists have one length.
+_FLOATS = pa.large_list(pa.field("item", pa.float32(), nullable=False))
+
+# One row per rank-one component. A batch holds rows of one matrix only: its lists have one length.
 SHARD = pa.schema(
     [
         pa.field("parameter", pa.string(), nullable=False),
@@ -12,8 +14,8 @@ SHARD = pa.schema(
         pa.field("kind", pa.string(), nullable=False),  # svd | flat | merged | learngene | tailor
         pa.field("class_group", pa.int32()),  # of a tailor
         pa.field("s", pa.float32(), nullable=False),
-        pa.field("u", pa.large_list(pa.field("item", pa.float32(), nullable=False)), nullable=False),
-        pa.field("vh", pa.large_list(pa.field("item", pa.float32(), nullable=False)), nullable=False),
+        pa.field("u", _FLOATS, nullable=False),
+        pa.field("vh", _FLOATS, nullable=False),
     ],
     metadata={"svdmerge_schema": f"shard/{VERSION}"},
 )
@@ -28,7 +30,7 @@ SPECTRUM = pa.schema(
         pa.field("fro", pa.float64(), nullable=False),  # Frobenius norm of the difference
         pa.field("bound", pa.float64(), nullable=False),  # on every singular value not listed
         pa.field("first", pa.int32(), nullable=False),  # index of the first value listed
-        pa.field("s", pa.large_list(pa.field("item", pa.float32(), nullable=False)), nullable=False),
+        pa.field("s", _FLOATS, nullable=False),
     ],
     metadata={"svdmerge_schema": f"spectrum/{VERSION}"},
 )

@@ -13,10 +13,7 @@ from svdmerge.core.components import RankOneComponents
 from svdmerge.errors import StoreError
 from svdmerge.storage import schema
 from svdmerge.storage.filesystem import Folder
-
-# Components per batch: the unit of depth and of reading. Winners of a source are few (about 5 of 384
-# on real deltas), so a block is small; it is wide enough for level-3 BLAS in an iterative solver.
-BLOCK = 16
+from svdmerge.storage.layout import BLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +106,7 @@ def decode_table(data: bytes) -> pa.Table:
 
 def encode_spectra(spectra: Sequence[Spectrum]) -> bytes:
     """A sidecar's bytes."""
-    columns = [
-        [getattr(x, f.name) for x in spectra] for f in schema.SPECTRUM if f.name != "s"
-    ]
+    columns = [[getattr(x, f.name) for x in spectra] for f in schema.SPECTRUM if f.name != "s"]
     values = [pa.array(x.s, pa.float32()) for x in spectra]
     columns.append(_lists(values))
     return encode_table(pa.table(columns, schema=schema.SPECTRUM))

@@ -10,7 +10,7 @@ from torch import Tensor
 def average(
     deltas: Iterable[tuple[Float[Tensor, "1 n"], float]], *, num_sources: int, scale: float
 ) -> Float[Tensor, "1 n"]:
-    """scale / N * sum of weight * delta, in float64, added in the order given, one delta in memory."""
+    """scale / N * sum of weight * delta in float64, in the order given, one delta in memory."""
     total: Tensor | None = None
     for delta, weight in deltas:
         term = delta.to(torch.float64) * weight

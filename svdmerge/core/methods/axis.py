@@ -11,7 +11,7 @@ def axis(
 ) -> RankOneComponents:
     """Merged factors of one matrix from the kept components of each source.
 
-    A source's weight scales its singular values; `scale` is the strength of the whole (1 in the paper).
+    A source's weight scales its singular values; `scale` is the strength of all (1 in the paper).
     """
     weighted = [
         RankOneComponents(u=p.u, s=p.s.double() * (w * scale), vh=p.vh)

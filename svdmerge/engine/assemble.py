@@ -1,0 +1,104 @@
+"""Assemble: kept components to merged factors, and these with the base to the output's files."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import pyarrow as pa
+
+from svdmerge.core.params import Action, Parameter
+from svdmerge.engine import tasks
+from svdmerge.engine.plan import Plan
+from svdmerge.engine.runtime import Runtime
+from svdmerge.engine.select import picks
+from svdmerge.progress import Progress
+from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.hf_model import (
+    OutputTensor,
+    WrittenFile,
+    index_json,
+    load_factors,
+    output_tensors,
+    split,
+)
+
+FACTORS = "factors"
+
+
+def merge_factors(
+    plan: Plan, selection: pa.Table, *, attempt: str, runtime: Runtime, progress: Progress
+) -> list[tasks.Receipt]:
+    """Receipts of the factors merged now; those of an earlier attempt are not among them."""
+    committed = load_factors(plan.run_folder.child(FACTORS))
+    chosen = picks(plan, selection)
+    units = [
+        _factor_unit(plan, todo, chosen, attempt=attempt, number=number)
+        for number, group in enumerate(plan.groups)
+        if (todo := [p for p in group if p.action is not Action.EQUAL and p.id not in committed])
+    ]
+    return runtime.map(tasks.factor, units, stage="merge", progress=progress)
+
+
+def write_model(
+    plan: Plan, out: Folder, *, runtime: Runtime, progress: Progress
+) -> list[WrittenFile]:
+    """The weights files as written into `out`, one task each, and the index if they are several."""
+    tensors = output_tensors(plan.base, parameters=plan.parameters, out_dtype=plan.recipe.out_dtype)
+    files = split(tensors, max_bytes=plan.recipe.max_shard_size)
+    units = list(_write_units(plan, files, out))
+    written = runtime.map(tasks.write, units, stage="write", progress=progress)
+    if len(files) > 1:
+        written.append(put_file(out, "model.safetensors.index.json", index_json(files)))
+    return written
+
+
+def put_file(out: Folder, name: str, data: bytes) -> WrittenFile:
+    """A small file as written into `out`."""
+    import hashlib
+
+    out.put(name, data)
+    return WrittenFile(file=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _factor_unit(
+    plan: Plan,
+    parameters: Sequence[Parameter],
+    chosen: Mapping[str, tuple[tasks.Pick, ...]],
+    *,
+    attempt: str,
+    number: int,
+) -> tasks.FactorUnit:
+    return tasks.FactorUnit(
+        name=f"merge [{number + 1}/{len(plan.groups)}]",
+        memory_bytes=max(_merge_bytes(plan, p) for p in parameters)
+        + sum(8 * plan.budget(p) * (p.m + p.n) for p in parameters),
+        threads=plan.recipe.resources.threads,
+        store=plan.store,
+        base_key=plan.base_key,
+        attempt=attempt,
+        factors=plan.run_folder.child(FACTORS),
+        picks=tuple((p, chosen.get(p.id, ())) for p in parameters),
+        scale=plan.recipe.parameters.scale,
+        num_sources=len(plan.sources),
+    )
+
+
+def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
+    """Peak of merging one matrix: factors in float32 and float64, their Q, and the k x k core."""
+    k = plan.budget(parameter)
+    return 32 * k * (parameter.m + parameter.n) + 64 * k * k
+
+
+def _write_units(
+    plan: Plan, files: Mapping[str, Sequence[OutputTensor]], out: Folder
+) -> Iterator[tasks.WriteUnit]:
+    for file, tensors in files.items():
+        # Base as read, its float64, the dense difference of the largest matrix, and the cast.
+        largest = max((t.base.numel for t in tensors), default=0)
+        yield tasks.WriteUnit(
+            name=f"write {file}",
+            memory_bytes=32 * largest,
+            threads=plan.recipe.resources.threads,
+            folder=out,
+            file=file,
+            tensors=tuple(tensors),
+            factors=plan.run_folder.child(FACTORS),
+        )

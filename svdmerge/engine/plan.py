@@ -1,0 +1,252 @@
+"""The plan: what happens to every tensor, from headers alone. No weight is read."""
+
+import hashlib
+import itertools
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from svdmerge.core.methods.actions import MATRIX_ACTION
+from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
+from svdmerge.errors import MismatchError, RecipeError, ResourceError
+from svdmerge.recipe import Recipe
+from svdmerge.storage import layout
+from svdmerge.storage.checkpoint import FLOATING, Checkpoint, TensorRef, open_checkpoint
+from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.layout import BLOCK
+
+# Source bytes of one unit of work: a few seconds of SVD, and small matrices travel together.
+UNIT_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A source model of the plan."""
+
+    reference: str
+    weight: float
+    checkpoint: Checkpoint
+    ignored: tuple[str, ...]
+    """Tensors that the base does not have: they have no place in the output."""
+
+    @property
+    def revision(self) -> str:
+        """Digest of the immutable revision: the source's name in the store."""
+        return self.checkpoint.revision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A merge, resolved to revisions and matrices. Sources are in order of revision."""
+
+    recipe: Recipe
+    base: Checkpoint
+    sources: tuple[Source, ...]
+    actions: Mapping[str, Action]
+    parameters: tuple[Parameter, ...]
+    """Every matrix that is read from sources."""
+    groups: tuple[tuple[Parameter, ...], ...]
+    """The matrices again, as they travel together."""
+    hash: str
+
+    @property
+    def store(self) -> Folder:
+        """The component store."""
+        return Folder.at(self.recipe.store)
+
+    @property
+    def run_folder(self) -> Folder:
+        """Where this run's selection, factors and reports lie in the store."""
+        return self.store.child(layout.run_path(self.hash))
+
+    @property
+    def base_key(self) -> str:
+        """The base's revision with the settings that stored numbers depend on."""
+        solver = self.recipe.parameters.svd
+        depth = self.recipe.parameters.k if solver == "truncated" else None
+        return layout.base_key(self.base.revision, solver=solver, depth=depth)
+
+    def budget(self, parameter: Parameter) -> int:
+        """Components kept of a matrix, of all sources together."""
+        return budget(self.recipe.parameters.k, rank=parameter.rank)
+
+    def depth(self, parameter: Parameter) -> int:
+        """Components stored of each source: the budget in whole blocks, at most the rank."""
+        return min(parameter.rank, -(-self.budget(parameter) // BLOCK) * BLOCK)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe.
+
+    Raises:
+        RecipeError: a model is listed twice, or a policy refuses a tensor.
+        CheckpointError: a model's files or headers are wrong.
+        MismatchError: a source lacks a tensor of the base, or has it in another shape.
+        ResourceError: a matrix needs more memory than the recipe gives a task.
+    """
+    base = open_checkpoint(recipe.base_model)
+    actions = {name: _action(recipe, base, ref) for name, ref in base.tensors.items()}
+    sources = tuple(
+        sorted(
+            (_source(m.model, weight=m.weight, base=base, actions=actions) for m in recipe.models),
+            key=lambda s: s.revision,
+        )
+    )
+    _refuse_twins(sources)
+    parameters = tuple(
+        p
+        for name, ref in base.tensors.items()
+        if actions[name] is not Action.BASE
+        for p in matrices(name, shape=ref.shape, action=actions[name])
+    )
+    plan = Plan(
+        recipe=recipe,
+        base=base,
+        sources=sources,
+        actions=actions,
+        parameters=parameters,
+        groups=tuple(_grouped(parameters, base=base)),
+        hash=_hash(recipe, base=base, sources=sources),
+    )
+    _check_memory(plan)
+    return plan
+
+
+def decompose_bytes(parameter: Parameter, *, depth: int) -> int:
+    """Peak memory of decomposing one matrix, in bytes.
+
+    Base and source as read and decoded, their difference, LAPACK's copy of it (float64), both sets
+    of vectors, divide and conquer's workspace of about 4 r^2, and what is stored.
+    """
+    m, n, r = parameter.m, parameter.n, min(parameter.m, parameter.n)
+    read = 32 * m * n
+    if parameter.action is not Action.DECOMPOSE:
+        return read + 8 * m * n
+    return read + 8 * m * n + 8 * r * (m + n) + 32 * r * r + stored_bytes(parameter, depth=depth)
+
+
+def stored_bytes(parameter: Parameter, *, depth: int) -> int:
+    """Bytes of a matrix's stored components (float32)."""
+    return 4 * depth * (parameter.m + parameter.n + 1)
+
+
+def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
+    """Peak memory of a unit: its largest matrix, and twice what it stores (once encoded)."""
+    stored = sum(stored_bytes(p, depth=plan.depth(p)) for p in parameters)
+    peak = max(decompose_bytes(p, depth=plan.depth(p)) for p in parameters)
+    return peak + 2 * stored
+
+
+def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
+    return action_of(
+        ref.name,
+        shape=ref.shape,
+        floating=ref.dtype in FLOATING,
+        policies=recipe.rules,
+        vocab_size=base.vocab_size,
+        matrix_action=MATRIX_ACTION[recipe.merge_method],
+    )
+
+
+def _source(
+    reference: str, *, weight: float, base: Checkpoint, actions: Mapping[str, Action]
+) -> Source:
+    source = open_checkpoint(reference)
+    wanted = [name for name, action in actions.items() if action is not Action.BASE]
+    missing = [name for name in wanted if name not in source.tensors]
+    if missing:
+        other = len(missing) > len(wanted) / 2
+        raise MismatchError(
+            f"{reference}: lacks {missing[0]}" + _more(missing),
+            f"It seems to come from another base than {base.reference}."
+            if other
+            else f"The base {base.reference} has it.",
+            "Remove the source."
+            if other
+            else "Add the policy {match: <name>, policy: base} to keep the base's, or remove it.",
+        )
+    unlike = [n for n in wanted if _kind(source.tensors[n]) != _kind(base.tensors[n])]
+    if unlike:
+        got, expected = source.tensors[unlike[0]], base.tensors[unlike[0]]
+        raise MismatchError(
+            f"{reference}: {unlike[0]} is {got.dtype} {list(got.shape)}" + _more(unlike),
+            f"Expected {expected.dtype} {list(expected.shape)}, as in {base.reference}.",
+            "Remove the source, or give the tensor `policy: base`.",
+        )
+    return Source(
+        reference=reference,
+        weight=weight,
+        checkpoint=source,
+        ignored=tuple(sorted(set(source.tensors) - set(base.tensors))),
+    )
+
+
+def _kind(ref: TensorRef) -> tuple[tuple[int, ...], bool]:
+    return ref.shape, ref.dtype in FLOATING
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _refuse_twins(sources: Sequence[Source]) -> None:
+    for one, other in itertools.pairwise(sources):
+        if one.revision == other.revision:
+            both = (
+                one.reference
+                if one.reference == other.reference
+                else (f"{one.reference} and {other.reference}")
+            )
+            raise RecipeError(
+                f"models: {both}: the same model is listed twice",
+                "It would take two sources' share of the merge.",
+                "List it once, with a `weight` if it should count more.",
+            )
+
+
+def _grouped(
+    parameters: Sequence[Parameter], *, base: Checkpoint
+) -> Iterator[tuple[Parameter, ...]]:
+    """Parameters in runs of about UNIT_BYTES of the base's bytes."""
+    group: list[Parameter] = []
+    size = 0
+    for parameter in parameters:
+        ref = base.tensors[parameter.tensor]
+        size += parameter.numel * (ref.nbytes // max(1, ref.numel))
+        group.append(parameter)
+        if size >= UNIT_BYTES:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)
+
+
+def _check_memory(plan: Plan) -> None:
+    limit = plan.recipe.resources.memory
+    for group in plan.groups:
+        need = unit_bytes(plan, group)
+        if need > limit:
+            worst = max(group, key=lambda p: decompose_bytes(p, depth=plan.depth(p)))
+            raise ResourceError(
+                f"{worst.id} ({worst.m} x {worst.n}): decomposing it needs {need >> 20} MiB",
+                f"The recipe gives a task {limit >> 20} MiB (resources.memory).",
+                f"Set `resources: {{memory: {-(-need >> 20)}MiB}}` or more.",
+            )
+
+
+def numerics_class(threads: int) -> str:
+    """What bits may depend on, as far as headers tell: device kind, machine, torch, threads."""
+    return f"cpu/{platform.machine()}/torch-{version('torch')}/threads-{threads}"
+
+
+def _hash(recipe: Recipe, *, base: Checkpoint, sources: Sequence[Source]) -> str:
+    fields = {
+        "base": base.revision,
+        "sources": [(s.revision, s.weight) for s in sources],
+        "recipe": recipe.numeric_digest(),
+        "numerics": numerics_class(recipe.resources.threads),
+        "schema": layout.SCHEMA_VERSION,
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,282 @@
+"""A bounded map of units over Ray tasks, or in this process. Ray stays in this file.
+
+Through Ray go units (URIs, names, numbers) and receipts, never weights.
+"""
+
+import heapq
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from svdmerge.engine.retry import Failure, GiveUp, RetryPolicy
+from svdmerge.errors import ResourceError, RetryableError, SvdmergeError
+from svdmerge.progress import Progress
+
+
+class Unit(Protocol):
+    """A unit of work: what it is called in errors, and the memory and threads it may use."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+
+
+U = TypeVar("U", bound=Unit)
+R = TypeVar("R")
+
+
+class Runtime(Protocol):
+    """Where units run."""
+
+    @property
+    def address(self) -> str: ...
+
+    def map(
+        self, task: Callable[[U], R], units: Sequence[U], *, stage: str, progress: Progress
+    ) -> list[R]:
+        """The task's results, in the order of the units. Raises what a unit raised, for good."""
+        ...
+
+
+@contextmanager
+def open_runtime(address: str) -> Generator[Runtime]:
+    """A runtime at an address: `none`, `local` (an embedded Ray), `auto`, or a cluster's address.
+
+    A Ray that this call started is shut down at the end; one that was there is left alone.
+    """
+    if address == "none":
+        yield InProcess()
+        return
+    # Ray retries a task killed for memory forever; ours climbs a ladder and then fails by name.
+    os.environ.setdefault("RAY_task_oom_retries", "1")
+    # Tasks carry no CUDA work here, and Ray would otherwise hide devices from plain processes.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        _init(address)
+    try:
+        yield RayTasks(address)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _init(address: str) -> None:
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if address == "local":
+        options["include_dashboard"] = False
+    else:
+        # Workers of a cluster run the driver's code, not whatever their image holds.
+        package = str(Path(__file__).resolve().parent.parent)
+        options["runtime_env"] = {"py_modules": [package]}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ResourceError(
+            f"--address {address}: no Ray cluster answers",
+            str(error).splitlines()[0] if str(error) else "",
+            "Use `local` for an embedded Ray, or `none` to run in this process.",
+        ) from error
+
+
+class InProcess:
+    """Units one after another, in this process."""
+
+    address = "none"
+
+    def map(
+        self, task: Callable[[U], R], units: Sequence[U], *, stage: str, progress: Progress
+    ) -> list[R]:
+        """The task's results, in the order of the units."""
+        results: list[R] = []
+        with progress.stage(stage, len(units)) as bar:
+            for unit in units:
+                results.append(_with_retries(task, unit))
+                bar.advance()
+        return results
+
+
+def _with_retries(task: Callable[[U], R], unit: U) -> R:
+    policy, times = RetryPolicy(), 0
+    while True:
+        try:
+            return call(task, unit)
+        except RetryableError:
+            times += 1
+            decision = policy.decide(
+                Failure.RETRYABLE, times=times, memory_bytes=0, memory_limit_bytes=0
+            )
+            if isinstance(decision, GiveUp):
+                raise
+            time.sleep(decision.pause_s)
+
+
+def call(task: Callable[[U], R], unit: U) -> R:
+    """Run a unit with its own number of threads: a worker keeps whatever it was last set to."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(unit.threads)
+    try:
+        return task(unit)
+    finally:
+        torch.set_num_threads(before)
+
+
+class RayTasks:
+    """Units as Ray tasks: a bounded window, retries by policy, results in the units' order."""
+
+    def __init__(self, address: str, *, policy: RetryPolicy | None = None) -> None:
+        self.address = address
+        self._policy = policy or RetryPolicy()
+
+    def map(
+        self, task: Callable[[U], R], units: Sequence[U], *, stage: str, progress: Progress
+    ) -> list[R]:
+        """The task's results, in the order of the units."""
+        import ray
+
+        limits = _limits()
+        for unit in units:
+            _check_fits(unit, limits)
+        window = _Window(task, units, policy=self._policy, limits=limits)
+        try:
+            with progress.stage(stage, len(units)) as bar:
+                while window.step():
+                    bar.advance()
+        except BaseException:
+            for ref in window.running:
+                ray.cancel(ref, force=False)
+            raise
+        return window.results()
+
+
+class _Window:
+    """The units in flight, waiting and done."""
+
+    def __init__(
+        self, task: Callable[[Any], Any], units: Sequence[Unit], *, policy: RetryPolicy,
+        limits: dict[str, float],
+    ) -> None:  # fmt: skip
+        import ray
+
+        self._remote = ray.remote(call)
+        self._task, self._units, self._policy = task, units, policy
+        self._memory_limit = int(limits["memory"])
+        self._memory = [unit.memory_bytes for unit in units]
+        self._failures: Counter[tuple[int, Failure]] = Counter()
+        self._waiting: list[tuple[float, int]] = [(0.0, i) for i in range(len(units))]
+        threads = max((unit.threads for unit in units), default=1)
+        # Twice the slots: the next units' arguments travel while these run.
+        self._size = max(2, 2 * int(limits["CPU"]) // threads)
+        self._done: dict[int, Any] = {}
+        self.running: dict[Any, int] = {}
+
+    def step(self) -> bool:
+        """Wait until one more unit is done; False when all are."""
+        import ray
+
+        before = len(self._done)
+        while len(self._done) == before:
+            if not self.running and not self._waiting:
+                return False
+            pause = self._submit()
+            if not self.running:
+                time.sleep(pause)
+                continue
+            # One second: retries that pause are submitted in time.
+            ready, _ = ray.wait(list(self.running), num_returns=1, timeout=1.0)
+            for ref in ready:
+                self._collect(ref)
+        return True
+
+    def results(self) -> list[Any]:
+        """What the units returned, in their order."""
+        return [self._done[i] for i in range(len(self._units))]
+
+    def _submit(self) -> float:
+        """Fill the window with units whose pause is over; seconds until the next one's is."""
+        while self._waiting and len(self.running) < self._size:
+            due, i = self._waiting[0]
+            if due > time.monotonic():
+                return due - time.monotonic()
+            heapq.heappop(self._waiting)
+            unit = self._units[i]
+            options = {"num_cpus": unit.threads, "memory": self._memory[i], "max_retries": 0}
+            remote = self._remote.options(name=f"{unit.name}", **options)
+            self.running[remote.remote(self._task, unit)] = i
+        return 0.0
+
+    def _collect(self, ref: Any) -> None:
+        import ray
+        from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+        i = self.running.pop(ref)
+        try:
+            self._done[i] = ray.get(ref)
+        except OutOfMemoryError as error:
+            self._failed(i, Failure.OUT_OF_MEMORY, error)
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, SvdmergeError) else error
+            kind = Failure.RETRYABLE if isinstance(cause, RetryableError) else Failure.FATAL
+            self._failed(i, kind, cause)
+        except RayError as error:
+            self._failed(i, Failure.LOST, error)
+
+    def _failed(self, i: int, failure: Failure, error: Exception) -> None:
+        self._failures[i, failure] += 1
+        decision = self._policy.decide(
+            failure,
+            times=self._failures[i, failure],
+            memory_bytes=self._memory[i],
+            memory_limit_bytes=self._memory_limit,
+        )
+        if isinstance(decision, GiveUp):
+            if isinstance(error, SvdmergeError):
+                raise error
+            raise ResourceError(
+                f"{self._units[i].name}: {failure.value}",
+                f"It failed {self._failures[i, failure]} times, last with "
+                f"{self._memory[i] >> 20} MiB reserved: {error}",
+                "What is done is kept: run the same command again when the cause is gone.",
+            ) from error
+        self._memory[i] = decision.memory_bytes
+        heapq.heappush(self._waiting, (time.monotonic() + decision.pause_s, i))
+
+
+def _limits() -> dict[str, float]:
+    """CPUs of the cluster, and the memory of its largest node."""
+    import ray
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return {
+        "CPU": sum(n.get("CPU", 0.0) for n in nodes),
+        "memory": max((n.get("memory", 0.0) for n in nodes), default=0.0),
+    }
+
+
+def _check_fits(unit: Unit, limits: dict[str, float]) -> None:
+    """A task that fits no node would wait forever."""
+    if unit.memory_bytes > limits["memory"]:
+        raise ResourceError(
+            f"{unit.name}: needs {unit.memory_bytes >> 20} MiB",
+            f"The largest node offers {int(limits['memory']) >> 20} MiB.",
+            "Use a larger machine.",
+        )
+    if unit.threads > limits["CPU"]:
+        raise ResourceError(
+            f"{unit.name}: wants {unit.threads} threads",
+            f"The cluster has {limits['CPU']:.0f} CPUs.",
+            "Lower `resources.threads`.",
+        )

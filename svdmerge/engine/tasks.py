@@ -1,0 +1,396 @@
+"""Every function that runs on a worker: read, call core, write, return a small receipt."""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from svdmerge.core import svd
+from svdmerge.core.components import RankOneComponents, flat, none
+from svdmerge.core.delta import all_finite, delta
+from svdmerge.core.methods.average import average
+from svdmerge.core.methods.axis import axis
+from svdmerge.core.params import Action, Parameter
+from svdmerge.core.salience import SALIENCES
+from svdmerge.core.topk import top_k
+from svdmerge.errors import ContentError, SolverError
+from svdmerge.storage import layout, schema
+from svdmerge.storage.checkpoint import TensorRef
+from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
+from svdmerge.storage.manifest import Committed, Covered, put_unit
+from svdmerge.storage.shards import Rows, Spectrum
+
+SpectraByMatrix = Mapping[str, list[Spectrum]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a unit did."""
+
+    name: str
+    num_matrices: int
+    bytes_read: int
+    bytes_stored: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """A matrix of one source to decompose, from component `first` to `depth` - 1."""
+
+    parameter: Parameter
+    source: TensorRef
+    base: TensorRef
+    depth: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecomposeUnit:
+    """Matrices of one source that are decomposed and committed together."""
+
+    name: str
+    memory_bytes: int
+    threads: int
+    store: Folder
+    base_key: str
+    revision: str
+    reference: str
+    first: int
+    items: tuple[Item, ...]
+    solver: str
+
+
+def decompose(unit: DecomposeUnit) -> Receipt:
+    """Components of one source's matrices, stored and committed.
+
+    Raises:
+        ContentError: NaN or Inf in a tensor, or an integer buffer that differs from the base's.
+        SolverError: an SVD did not converge.
+    """
+    start = time.perf_counter()
+    rows, spectra, covered = list[Rows](), list[Spectrum](), list[Covered]()
+    for item in unit.items:
+        source, base = _read(item.source, item.parameter), _read(item.base, item.parameter)
+        digest = hashlib.sha256(source).hexdigest()
+        covered.append(
+            Covered(
+                parameter=item.parameter.id,
+                first=unit.first,
+                depth=item.depth,
+                source_sha256=digest,
+                base_sha256=hashlib.sha256(base).hexdigest(),
+            )
+        )
+        if item.parameter.action is Action.EQUAL:
+            _check_equal(unit, item, source == base)
+            continue
+        found = _components(unit, item, _delta(unit, item, source, base))
+        rows.append(found[0])
+        spectra.append(_spectrum(item, found[1], digest, first=unit.first))
+    group = layout.group_key(i.parameter.id for i in unit.items)
+    last = max(i.depth for i in unit.items) - 1
+    place = f"{group}/{unit.first}-{last}"
+    commit = put_unit(
+        unit.store,
+        data_prefix=f"{layout.components_path(unit.base_key, unit.revision)}/{place}",
+        commit_path=f"{layout.commits_path(unit.base_key, unit.revision)}/{place}.json",
+        rows=rows,
+        spectra=spectra,
+        covered=covered,
+        solver=unit.solver,
+        numerics=f"cpu/{torch.backends.cpu.get_cpu_capability()}/torch-{torch.__version__}"
+        f"/threads-{unit.threads}",
+    )
+    return Receipt(
+        name=unit.name,
+        num_matrices=len(unit.items),
+        bytes_read=sum(i.source.nbytes + i.base.nbytes for i in unit.items),
+        bytes_stored=commit.shard.size,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _read(ref: TensorRef, parameter: Parameter) -> bytes:
+    return ref.read_bytes(start=parameter.start, count=parameter.numel)
+
+
+def _check_equal(unit: DecomposeUnit, item: Item, same: bool) -> None:
+    if not same:
+        raise ContentError(
+            f"{unit.reference}: {item.parameter.tensor} differs from the base's",
+            f"It is {item.source.dtype}: integers cannot be merged.",
+            "Give it `policy: base` to keep the base's, or remove the source.",
+        )
+
+
+def _delta(unit: DecomposeUnit, item: Item, source: bytes, base: bytes) -> torch.Tensor:
+    shape = (item.parameter.m, item.parameter.n)
+    tensors = item.source.decode(source).reshape(shape), item.base.decode(base).reshape(shape)
+    for tensor, ref in zip(tensors, (item.source, item.base), strict=True):
+        if not all_finite(tensor):
+            raise ContentError(
+                f"{ref.folder.uri}/{ref.file}: {item.parameter.id} holds NaN or Inf",
+                f"{int((~torch.isfinite(tensor)).sum())} of its {tensor.numel()} values are not "
+                "finite; nothing of this unit was published.",
+                "Remove or repair the model.",
+            )
+    return delta(tensors[0], base=tensors[1])
+
+
+def _components(
+    unit: DecomposeUnit, item: Item, d: torch.Tensor
+) -> tuple[Rows, tuple[RankOneComponents, float, float]]:
+    """What is stored, and (all components found, ||D||_F, bound on values not found)."""
+    p, fro = item.parameter, float(torch.linalg.vector_norm(d))
+    if p.action is Action.AVERAGE:
+        return Rows(parameter=p.id, kind="flat", first=0, components=flat(d)), (flat(d), fro, 0.0)
+    found, bound = _solve(unit, item, d, fro=fro)
+    # Exact zeros are no components: an untouched matrix stores nothing and takes no slot.
+    rank = int((found.s > 0).sum())
+    kept = found.slice(unit.first, max(unit.first, min(item.depth, rank)))
+    rows = Rows(parameter=p.id, kind="svd", first=unit.first, components=kept)
+    return rows, (found.slice(0, rank), fro, bound)
+
+
+def _solve(
+    unit: DecomposeUnit, item: Item, d: torch.Tensor, *, fro: float
+) -> tuple[RankOneComponents, float]:
+    p = item.parameter
+    try:
+        if unit.solver == "exact":
+            return svd.exact(d), 0.0
+        seed = svd.seed_of(p.id, m=p.m, n=p.n, block=0)
+        found = svd.truncated(d, depth=item.depth, seed=seed)
+    except RuntimeError as error:
+        raise SolverError(
+            f"{unit.reference}: {p.id}: the SVD did not converge", str(error)
+        ) from error
+    # What is left in the Frobenius norm bounds each value not found: loose, but certain.
+    rest = fro**2 - float((found.s**2).sum())
+    return found, max(rest, 0.0) ** 0.5
+
+
+def _spectrum(
+    item: Item, found: tuple[RankOneComponents, float, float], digest: str, *, first: int
+) -> Spectrum:
+    components, fro, bound = found
+    return Spectrum(
+        parameter=item.parameter.id, sha256=digest, m=item.parameter.m, n=item.parameter.n,
+        fro=fro, bound=bound, first=first,
+        s=components.s[first:].to(torch.float32).numpy(),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _committed(store: Folder, base_key: str, revision: str, attempt: str) -> Committed:
+    """A source's commits, read once per process and attempt: they only grow between attempts."""
+    del attempt
+    return Committed.load(
+        store,
+        commits=layout.commits_path(base_key, revision),
+        data=layout.components_path(base_key, revision),
+    )
+
+
+@lru_cache(maxsize=256)
+def _spectra(store: Folder, base_key: str, revision: str, attempt: str) -> SpectraByMatrix:
+    return _committed(store, base_key, revision, attempt).spectra()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectUnit:
+    """Matrices whose components compete, each within itself, across all sources."""
+
+    name: str
+    memory_bytes: int
+    threads: int
+    store: Folder
+    base_key: str
+    attempt: str
+    sources: tuple[tuple[str, float], ...]
+    """Revision and weight of each source."""
+    budgets: tuple[tuple[Parameter, int], ...]
+    salience: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """One source's stored values of one matrix, by which it enters the selection."""
+
+    sha256: str
+    source: str
+    weight: float
+    spectra: list[Spectrum]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """A kept component: its source's revision, its index there, and why it was kept."""
+
+    source: str
+    index: int
+    s: float
+    salience: float
+    sha256: str
+
+
+def select(unit: SelectUnit) -> dict[str, list[Any]]:
+    """The selected ids, as columns of the selection schema: best first within each matrix."""
+    columns: dict[str, list[Any]] = {f.name: [] for f in schema.SELECTION}
+    spectra = {
+        revision: (weight, _spectra(unit.store, unit.base_key, revision, unit.attempt))
+        for revision, weight in unit.sources
+    }
+    for parameter, k in unit.budgets:
+        listed = listed_spectra(parameter.id, spectra)
+        if parameter.action is Action.AVERAGE:
+            rows = select_all(listed)
+        else:
+            rows = select_matrix(listed, salience=unit.salience, k=k)
+        for rank, row in enumerate(rows):
+            for name, value in ({"parameter": parameter.id, "rank": rank} | asdict(row)).items():
+                columns[name].append(value)
+    return columns
+
+
+def listed_spectra(
+    parameter: str, spectra: Mapping[str, tuple[float, SpectraByMatrix]]
+) -> list[Listed]:
+    """A matrix's values by source (revision -> weight, spectra), in order of the tensors' content.
+
+    Content first, so that neither names nor places of sources decide a tie.
+    """
+    listed = [
+        Listed(sha256=found[0].sha256, source=revision, weight=weight, spectra=found)
+        for revision, (weight, by_matrix) in spectra.items()
+        if (found := by_matrix.get(parameter))
+    ]
+    return sorted(listed, key=lambda x: (x.sha256, x.source))
+
+
+def select_all(listed: Sequence[Listed]) -> list[Selected]:
+    """Every source's flat difference: what an average is made of."""
+    return [
+        Selected(source=x.source, index=0, s=1.0, salience=x.weight, sha256=x.sha256)
+        for x in listed
+    ]
+
+
+def select_matrix(listed: Sequence[Listed], *, salience: str, k: int) -> list[Selected]:
+    """The k most salient components of one matrix across sources, best first."""
+    if not listed:
+        return []
+    values = [all_values(x.spectra) for x in listed]
+    scores = np.concatenate(
+        [
+            SALIENCES[salience](s.astype(np.float64) * x.weight, fro=x.spectra[0].fro)
+            for x, s in zip(listed, values, strict=True)
+        ]
+    )
+    tie = np.repeat(np.arange(len(values)), [len(s) for s in values])
+    index = np.concatenate([np.arange(len(s)) for s in values])
+    return [
+        Selected(
+            source=listed[int(tie[i])].source,
+            index=int(index[i]),
+            s=float(values[int(tie[i])][index[i]]),
+            salience=float(scores[i]),
+            sha256=listed[int(tie[i])].sha256,
+        )
+        for i in top_k(scores, tie=tie, index=index, k=k).tolist()
+    ]
+
+
+def all_values(spectra: Sequence[Spectrum]) -> np.ndarray:
+    """A matrix's singular values from the first on, from records that may overlap."""
+    values = np.zeros(0, np.float32)
+    for part in spectra:
+        if part.first <= len(values):
+            values = np.concatenate([values, part.s[len(values) - part.first :]])
+    return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pick:
+    """The kept components of one source in one matrix."""
+
+    revision: str
+    weight: float
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactorUnit:
+    """Matrices whose kept components are merged and committed together."""
+
+    name: str
+    memory_bytes: int
+    threads: int
+    store: Folder
+    base_key: str
+    attempt: str
+    factors: Folder
+    picks: tuple[tuple[Parameter, tuple[Pick, ...]], ...]
+    scale: float
+    num_sources: int
+
+
+def factor(unit: FactorUnit) -> Receipt:
+    """Merged factors of matrices, stored and committed in the run's folder."""
+    start = time.perf_counter()
+    rows, covered = list[Rows](), list[Covered]()
+    for parameter, picks in unit.picks:
+        merged = _merge(unit, parameter, picks)
+        kind = "flat" if parameter.action is Action.AVERAGE else "merged"
+        rows.append(Rows(parameter=parameter.id, kind=kind, first=0, components=merged))
+        covered.append(
+            Covered(
+                parameter=parameter.id, first=0, depth=len(merged), source_sha256="", base_sha256=""
+            )
+        )
+    place = layout.group_key(p.id for p, _ in unit.picks)
+    commit = put_unit(
+        unit.factors, data_prefix=place, commit_path=f"{place}.json", rows=rows, spectra=[],
+        covered=covered, solver="qr-core", numerics="",
+    )  # fmt: skip
+    return Receipt(
+        name=unit.name, num_matrices=len(unit.picks), bytes_read=0, bytes_stored=commit.shard.size,
+        seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _merge(unit: FactorUnit, parameter: Parameter, picks: Sequence[Pick]) -> RankOneComponents:
+    def read(pick: Pick) -> RankOneComponents:
+        source = _committed(unit.store, unit.base_key, pick.revision, unit.attempt)
+        return source.read(parameter.id, pick.indices)
+
+    if parameter.action is Action.AVERAGE:
+        deltas = ((read(p).vh, p.weight) for p in picks)
+        return flat(average(deltas, num_sources=unit.num_sources, scale=unit.scale))
+    if not picks:
+        return none(parameter.m, parameter.n)
+    return axis([read(p) for p in picks], weights=[p.weight for p in picks], scale=unit.scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteUnit:
+    """One weights file of the output."""
+
+    name: str
+    memory_bytes: int
+    threads: int
+    folder: Folder
+    file: str
+    tensors: tuple[OutputTensor, ...]
+    factors: Folder
+
+
+def write(unit: WriteUnit) -> WrittenFile:
+    """A safetensors file of base + merged difference, streamed tensor by tensor."""
+    return write_safetensors(unit.folder, unit.file, tensors=unit.tensors, factors=unit.factors)

@@ -1,0 +1,70 @@
+"""What another budget would keep, from stored spectra alone: no vector is read."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from svdmerge.core.params import Action, budget
+from svdmerge.engine import tasks
+from svdmerge.engine.decompose import load_source
+from svdmerge.engine.plan import Plan
+from svdmerge.errors import StoreError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a budget keeps."""
+
+    k: int | float
+    kept: dict[str, int]
+    """Components kept of each source."""
+    energy: float
+    """Share of the sources' squared Frobenius norms that is kept, matrices and sources together."""
+    factor_bytes: int
+    """Size of the merged factors (float32)."""
+    certain: bool
+    """False if a value that is not stored might have been chosen: deepen first."""
+
+
+def whatif(plan: Plan, *, budgets: Sequence[int | float]) -> list[Outcome]:
+    """An outcome per budget.
+
+    Raises:
+        StoreError: a source is not decomposed yet.
+    """
+    sources = [(s, load_source(plan, s)) for s in plan.sources]
+    for source, committed in sources:
+        if not all(p.id in committed for p in plan.parameters):
+            raise StoreError(
+                f"{source.reference}: is not decomposed in {plan.store.uri}",
+                "What-if answers from stored spectra.",
+                "Run `svdmerge decompose` first.",
+            )
+    spectra = {s.revision: c.spectra() for s, c in sources}
+    return [_outcome(plan, k, spectra) for k in budgets]
+
+
+def _outcome(plan: Plan, k: int | float, spectra: dict[str, tasks.SpectraByMatrix]) -> Outcome:
+    kept: Counter[str] = Counter({s.reference: 0 for s in plan.sources})
+    names = {s.revision: s.reference for s in plan.sources}
+    energy = total = 0.0
+    size, certain = 0, True
+    for parameter in plan.parameters:
+        if parameter.action is not Action.DECOMPOSE:
+            continue
+        listed = tasks.listed_spectra(
+            parameter.id, {s.revision: (s.weight, spectra[s.revision]) for s in plan.sources}
+        )
+        rows = tasks.select_matrix(
+            listed, salience=plan.recipe.parameters.salience, k=budget(k, rank=parameter.rank)
+        )
+        kept.update(names[row.source] for row in rows)
+        energy += sum(row.s**2 for row in rows)
+        total += sum(x.spectra[0].fro ** 2 for x in listed)
+        size += 4 * len(rows) * (parameter.m + parameter.n + 1)
+        cut = rows[-1].s if rows else 0.0
+        certain &= all(x.spectra[-1].bound <= cut or x.spectra[-1].bound == 0 for x in listed)
+    return Outcome(
+        k=k, kept=dict(kept), energy=energy / total if total else 0.0, factor_bytes=size,
+        certain=certain,
+    )  # fmt: skip

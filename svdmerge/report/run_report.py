@@ -1,0 +1,42 @@
+"""What a run did: counts, seconds and bytes by stage. In the store, it outlives a cluster."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True, kw_only=True)
+class StageReport:
+    """One stage of a run."""
+
+    name: str
+    num_units: int
+    seconds: float
+    num_matrices: int = 0
+    bytes_read: int = 0
+    bytes_stored: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class RunReport:
+    """A run, as `run.json` holds it and `--json` prints it."""
+
+    plan_hash: str
+    out: str
+    store: str
+    status: str = "running"
+    stages: list[StageReport] = field(default_factory=list[StageReport])
+    kept: dict[str, int] = field(default_factory=dict[str, int])
+    """Components kept of each source."""
+    warnings: list[str] = field(default_factory=list[str])
+    tune: Any = None
+    """A `TuneResult`, where the recipe asks for tuning."""
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        fields = asdict(self) if self.tune is None else asdict(self) | {"tune": _plain(self.tune)}
+        return json.dumps(fields, indent=1, default=str)
+
+
+def _plain(tune: Any) -> Any:
+    return json.loads(tune.to_json())

@@ -1,0 +1,197 @@
+"""The output in the base's layout: weights streamed tensor by tensor, index and side files."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from svdmerge.core.components import RankOneComponents, none
+from svdmerge.core.delta import DTYPE
+from svdmerge.core.params import Action, Parameter
+from svdmerge.errors import StoreError
+from svdmerge.storage.checkpoint import (
+    FLOATING,
+    INDEX,
+    ITEM_BYTES,
+    SINGLE,
+    TORCH_NAMES,
+    Checkpoint,
+    TensorRef,
+)
+from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.manifest import Committed
+
+MANIFEST = "svdmerge_manifest.json"
+RECIPE = "svdmerge_recipe.yml"
+PROVENANCE = "provenance/components.parquet"
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# Of configurations and tokenizers; the largest vocabularies stay well below.
+MAX_SIDE_FILE_BYTES = 100 << 20
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputTensor:
+    """A tensor of the output: the base's, and the matrices to add to it."""
+
+    base: TensorRef
+    dtype: str
+    matrices: tuple[Parameter, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the output."""
+        return self.base.numel * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenFile:
+    """A file as it was written."""
+
+    file: str
+    size: int
+    sha256: str
+
+
+def output_tensors(
+    base: Checkpoint, *, parameters: Sequence[Parameter], out_dtype: str
+) -> list[OutputTensor]:
+    """Every tensor of the output, in the base's order of names; integers keep their dtype."""
+    by_tensor: dict[str, list[Parameter]] = {}
+    for p in parameters:
+        if p.action in (Action.AVERAGE, Action.DECOMPOSE):
+            by_tensor.setdefault(p.tensor, []).append(p)
+    return [
+        OutputTensor(
+            base=ref,
+            dtype=DTYPES.get(out_dtype, ref.dtype) if ref.dtype in FLOATING else ref.dtype,
+            matrices=tuple(by_tensor.get(name, ())),
+        )
+        for name, ref in base.tensors.items()
+    ]
+
+
+def split(tensors: Sequence[OutputTensor], *, max_bytes: int) -> dict[str, list[OutputTensor]]:
+    """Tensors by file name: one `model.safetensors`, or numbered shards of at most `max_bytes`.
+
+    A tensor larger than that gets a shard of its own.
+    """
+    shards: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    total = len(shards)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
+
+
+def index_json(files: Mapping[str, Sequence[OutputTensor]]) -> bytes:
+    """The index of a sharded model; `total_size` counts bytes."""
+    every = [t for tensors in files.values() for t in tensors]
+    weight_map = {t.base.name: file for file, tensors in files.items() for t in tensors}
+    metadata = {
+        "total_size": sum(t.nbytes for t in every),
+        "total_parameters": sum(t.base.numel for t in every),
+    }
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def write_safetensors(
+    folder: Folder, file: str, *, tensors: Sequence[OutputTensor], factors: Folder
+) -> WrittenFile:
+    """A weights file, streamed: memory is that of one tensor, whatever the file's size.
+
+    The safetensors library writes from tensors that are all in memory, so the header (the format's
+    few lines) is made here.
+    """
+    committed = load_factors(factors)
+    header = _header(tensors)
+    digest, size = hashlib.sha256(), 0
+    blocks = itertools.chain([header], (output_bytes(t, factors=committed) for t in tensors))
+    with folder.writing(file) as out:
+        for block in blocks:
+            out.write(block)
+            digest.update(block)
+            size += len(block)
+    return WrittenFile(file=file, size=size, sha256=digest.hexdigest())
+
+
+def load_factors(folder: Folder) -> Committed:
+    """The merged factors in a run's folder."""
+    return Committed.load(folder, commits="", data="")
+
+
+def output_bytes(tensor: OutputTensor, *, factors: Committed) -> bytes:
+    """A tensor of the output as stored: the base's own bytes where nothing is added or cast."""
+    if not tensor.matrices and tensor.dtype == tensor.base.dtype:
+        return tensor.base.read_bytes()
+    return encode(merged_tensor(tensor, factors=factors), tensor.dtype)
+
+
+def merged_tensor(tensor: OutputTensor, *, factors: Committed) -> torch.Tensor:
+    """Base + merged difference in float64, before the cast."""
+    merged = tensor.base.read().to(DTYPE).reshape(-1)
+    for p in tensor.matrices:
+        merged[p.start : p.start + p.numel] += read_factors(factors, p).dense().reshape(-1)
+    return merged.reshape(tensor.base.shape)
+
+
+def read_factors(factors: Committed, parameter: Parameter) -> RankOneComponents:
+    """The merged factors of a matrix, in float64."""
+    depth = factors.depth(parameter.id)
+    if depth == 0:
+        if parameter.id not in factors:
+            raise StoreError(
+                f"{factors.store.uri}: {parameter.id} has no merged factors",
+                "The run that should have stored them did not finish.",
+                "Run the same command again.",
+            )
+        return none(parameter.m, parameter.n)
+    return factors.read(parameter.id, range(depth)).to(DTYPE)
+
+
+def encode(tensor: torch.Tensor, dtype: str) -> bytes:
+    """A tensor's bytes in a safetensors dtype."""
+    cast = tensor.to(getattr(torch, TORCH_NAMES[dtype])).contiguous().reshape(-1)
+    return cast.view(torch.uint8).numpy().tobytes()
+
+
+def _header(tensors: Sequence[OutputTensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        entries[tensor.base.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.base.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    # Padded to eight bytes, as the library does, so that the data are aligned.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def copy_side_files(base: Checkpoint, out: Folder) -> list[str]:
+    """Configuration and tokenizer files copied from the base's folder; their names."""
+    names = [n for n in base.folder.names() if n.endswith(SIDE_SUFFIXES) and n != INDEX]
+    if "modules.json" in names:  # sentence-transformers keep their pooling in folders named there
+        modules: list[dict[str, str]] = json.loads(base.folder.read("modules.json"))
+        names += [f"{m['path']}/config.json" for m in modules if m.get("path")]
+    copied: list[str] = []
+    for name in names:
+        stat = base.folder.stat(name)
+        if stat is not None and stat.size <= MAX_SIDE_FILE_BYTES and name != MANIFEST:
+            out.put(name, base.folder.read(name))
+            copied.append(name)
+    return copied

@@ -1,0 +1,84 @@
+"""Looking after a store: what it holds, whether it is whole, and removing orphans."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from svdmerge.errors import StoreError
+from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.manifest import Commit, objects
+from svdmerge.storage.shards import decode_spectra, read_blocks
+
+# An object without a commit may belong to a task that is still running; a day is longer than any.
+GRACE_S = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSource:
+    """What the store holds of one source under one base."""
+
+    base: str
+    source: str
+    num_commits: int
+    num_components: int
+    size_bytes: int
+
+
+def list_sources(store: Folder) -> list[StoredSource]:
+    """One row per base and source."""
+    found: dict[tuple[str, str], list[Commit]] = {}
+    for path, commit in _commits(store):
+        _, base, source = path.split("/")[:3]
+        found.setdefault((base, source), []).append(commit)
+    return [
+        StoredSource(
+            base=base,
+            source=source,
+            num_commits=len(commits),
+            num_components=sum(b.count for c in commits for b in c.blocks),
+            size_bytes=sum(e.size for c in commits for e in objects(c)),
+        )
+        for (base, source), commits in sorted(found.items())
+    ]
+
+
+def verify(store: Folder) -> list[str]:
+    """Faults, one line each: every committed object is read whole and compared."""
+    faults: list[str] = []
+    for path in _commit_paths(store):
+        try:
+            commit = Commit.from_json(store.read(path))
+            for entry in objects(commit):
+                if store.stat(entry.path) is None:
+                    raise StoreError(f"{entry.path}: missing")
+                if hashlib.sha256(store.read(entry.path)).hexdigest() != entry.sha256:
+                    raise StoreError(f"{entry.path}: its content changed")
+            if commit.spectrum is not None:
+                decode_spectra(store.read(commit.spectrum.path))
+            for _ in read_blocks(store, commit.shard.path, commit.blocks):
+                pass
+        except StoreError as error:
+            faults.append(f"{path}: {error.args[0]}")
+    return faults
+
+
+def collect_garbage(store: Folder, *, grace_s: float = GRACE_S) -> list[str]:
+    """Remove component objects that no commit names, older than the grace; their paths."""
+    named = {e.path for _, commit in _commits(store) for e in objects(commit)}
+    removed: list[str] = []
+    for path in store.find("components"):
+        age_s = time.time() - store.fs.modified(store.path(path)).timestamp()
+        if path not in named and age_s >= grace_s:
+            store.remove(path)
+            removed.append(path)
+    return removed
+
+
+def _commit_paths(store: Folder) -> list[str]:
+    return [path for path in store.find("commits") if path.endswith(".json")]
+
+
+def _commits(store: Folder) -> Iterator[tuple[str, Commit]]:
+    for path in _commit_paths(store):
+        yield path, Commit.from_json(store.read(path))

@@ -1,0 +1,124 @@
+"""The output folder: whose it is, how it appears whole, and whether it is what it claims."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from svdmerge.errors import OutputError
+from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.hf_model import MANIFEST, WrittenFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What an output claims: the plan it comes from, and the sha256 of every file."""
+
+    plan_hash: str
+    svdmerge_version: str
+    base: str
+    base_revision: str
+    sources: tuple[dict[str, Any], ...]
+    actions: dict[str, str]
+    files: dict[str, dict[str, Any]]
+
+    def to_json(self) -> bytes:
+        """The manifest's bytes; no time and no host, so that equal runs write equal bytes."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(out: Folder) -> Manifest | None:
+    """The manifest of an output; None if there is none.
+
+    Raises:
+        OutputError: it is malformed.
+    """
+    if out.stat(MANIFEST) is None:
+        return None
+    try:
+        return Manifest(**json.loads(out.read(MANIFEST)))
+    except (ValueError, TypeError) as error:
+        raise OutputError(f"{out.uri}/{MANIFEST}: malformed", str(error)) from None
+
+
+def check_ours(out: Folder) -> None:
+    """Raise OutputError if the folder holds anything but an earlier output of svdmerge."""
+    if out.stat() is not None:
+        raise OutputError(f"{out.uri}: is a file", "Expected a folder.", "Give another `out`.")
+    names = out.names()
+    if names and read_manifest(out) is None:
+        raise OutputError(
+            f"{out.uri}: holds something else ({', '.join(names[:3])})",
+            f"Only an output of svdmerge, with its {MANIFEST}, is ever replaced.",
+            "Give another `out`, or empty that folder yourself.",
+        )
+
+
+def staging(out: Folder, *, plan_hash: str) -> Folder:
+    """Where an output is written before it is published.
+
+    A local folder is renamed at the end. Object stores have no rename: files go in place, the old
+    ones removed first, and the configuration and manifest, without which nothing loads, go last.
+    """
+    if not out.is_local:
+        out.remove()
+        return out
+    parent, _, name = out.uri.rpartition("/")
+    folder = Folder(f"{parent}/.{name}.partial-{plan_hash[:8]}")
+    folder.remove()
+    return folder
+
+
+def publish(staged: Folder, out: Folder, *, manifest: Manifest) -> None:
+    """Write the manifest and put the staged folder in the output's place, the old one replaced."""
+    staged.put(MANIFEST, manifest.to_json())
+    if staged == out:
+        return
+    target, old = Path(out.path()), Path(staged.path() + ".old")
+    if target.exists():
+        target.rename(old)
+    Path(staged.path()).rename(target)
+    if old.exists():
+        Folder.at(old).remove()
+
+
+def written_files(out: Folder, *, known: Sequence[WrittenFile]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file in a folder; those known are not read again."""
+    files = {f.file: {"size": f.size, "sha256": f.sha256} for f in known}
+    for name, size in out.find().items():
+        if name not in files and name != MANIFEST:
+            digest = hashlib.sha256(out.read(name)).hexdigest()
+            files[name] = {"size": size, "sha256": digest}
+    return dict(sorted(files.items()))
+
+
+def damaged_files(out: Folder, manifest: Manifest) -> list[str]:
+    """What differs from the manifest, one line a file: missing, changed, or not of this output."""
+    faults: list[str] = []
+    sizes = out.find()
+    for name, claim in manifest.files.items():
+        if name not in sizes:
+            faults.append(f"{name}: missing")
+        elif sizes[name] != claim["size"]:
+            faults.append(f"{name}: {sizes[name]} bytes, expected {claim['size']}")
+        elif file_sha256(out, name) != claim["sha256"]:
+            faults.append(f"{name}: its content changed")
+    # A stray weights file would be loaded by some tools in place of ours.
+    known = set(manifest.files)
+    faults += [f"{n}: not of this output" for n in sizes if _is_weights(n) and n not in known]
+    return faults
+
+
+def file_sha256(folder: Folder, name: str) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with folder.fs.open(folder.path(name), "rb") as file:
+        while piece := file.read(16 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))

@@ -1,0 +1,293 @@
+"""The workflow: engine, training and report joined into the commands' work."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from io import BytesIO
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from svdmerge import __version__
+from svdmerge.engine import assemble, select
+from svdmerge.engine.decompose import decompose, pending
+from svdmerge.engine.estimate import estimate
+from svdmerge.engine.plan import Plan, make_plan
+from svdmerge.engine.runtime import Runtime, open_runtime
+from svdmerge.engine.tasks import Receipt
+from svdmerge.errors import ResourceError, StoreError
+from svdmerge.progress import SILENT, Progress
+from svdmerge.recipe import Recipe
+from svdmerge.report.card import model_card
+from svdmerge.report.run_report import RunReport, StageReport
+from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, copy_side_files
+from svdmerge.storage.output import (
+    Manifest,
+    check_ours,
+    damaged_files,
+    publish,
+    read_manifest,
+    staging,
+    written_files,
+)
+
+DONE = "DONE"
+
+
+class Run:
+    """One attempt at a plan: its stages, each resuming from what is stored."""
+
+    def __init__(self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT) -> None:
+        self.plan: Plan = make_plan(recipe)
+        self.out = Folder.at(recipe.out)
+        self._runtime, self._progress = runtime, progress
+        self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        check_ours(self.out)
+        _check_shared(self.plan, self.out, address=runtime.address)
+        self.plan.store.probe_writable()
+        self.report = RunReport(
+            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
+        )
+        self.report.warnings += [
+            f"{s.reference}: {len(s.ignored)} tensors that the base lacks are left out, "
+            f"first {s.ignored[0]}"
+            for s in self.plan.sources
+            if s.ignored
+        ]
+
+    def all(self) -> RunReport:
+        """Every stage; the report, which is also stored, whatever happens."""
+        try:
+            if self._is_done():
+                self.report.status = "unchanged"
+            else:
+                self.decompose()
+                self.assemble(self.select())
+                self.report.status = "done"
+            if self.plan.recipe.tune is not None:
+                self.tune()
+        except BaseException as error:
+            self.report.status = f"failed: {type(error).__name__}"
+            raise
+        finally:
+            self._save_report()
+        return self.report
+
+    def decompose(self) -> None:
+        """Store the components that are not stored yet."""
+        self.plan.run_folder.put("plan.json", _plan_json(self.plan))
+        self._timed(
+            "decompose",
+            lambda: decompose(self.plan, runtime=self._runtime, progress=self._progress),
+        )
+
+    def select(self) -> pa.Table:
+        """The selection. Raises: StoreError, if a source is not decomposed."""
+        if missing := next(pending(self.plan), None):
+            raise StoreError(
+                f"{missing.reference}: is not decomposed to the depth this recipe needs",
+                f"First missing: {missing.name}.",
+                "Run `svdmerge decompose` first.",
+            )
+        table: list[pa.Table] = []
+
+        def work() -> list[Receipt]:
+            table.append(
+                select.select(
+                    self.plan,
+                    attempt=self._attempt,
+                    runtime=self._runtime,
+                    progress=self._progress,
+                )
+            )
+            return []
+
+        self._timed("select", work)
+        return table[0]
+
+    def assemble(self, selection: pa.Table | None = None) -> None:
+        """Merge what is selected, write the output beside its place and publish it whole.
+
+        Raises:
+            StoreError: no selection was made.
+        """
+        selection = selection if selection is not None else select.load_selection(self.plan)
+        if selection is None:
+            raise StoreError(
+                f"{self.plan.run_folder.uri}: holds no selection",
+                "Nothing was selected for this recipe yet.",
+                "Run `svdmerge select` first.",
+            )
+        self.report.kept = _kept(self.plan, selection)
+        self._timed(
+            "merge",
+            lambda: assemble.merge_factors(
+                self.plan, selection, attempt=self._attempt, runtime=self._runtime,
+                progress=self._progress,
+            ),
+        )  # fmt: skip
+        self._timed("write", lambda: self._write(selection))
+        self.plan.run_folder.put(DONE, self.out.uri.encode())
+
+    def tune(self) -> None:
+        """Tune singular values for the recipe's target and report beside its comparators.
+
+        Raises:
+            StoreError: the merge was not run.
+        """
+        from svdmerge.training.stage import tune_plan
+
+        if read_manifest(self.out) is None:
+            raise StoreError(
+                f"{self.out.uri}: holds no merged model", "", "Run `svdmerge run` first."
+            )
+        start = time.perf_counter()
+        self.report.tune = tune_plan(
+            self.plan.recipe,
+            base=self.plan.base,
+            sources=[s.checkpoint for s in self.plan.sources],
+            matrices=[p.id for p in self.plan.parameters if p.action == "decompose"],
+            run_folder=self.plan.run_folder,
+            use_ray=self._runtime.address != "none",
+            progress=self._progress,
+        )
+        seconds = time.perf_counter() - start
+        self.report.stages.append(StageReport(name="tune", num_units=1, seconds=seconds))
+
+    def _is_done(self) -> bool:
+        """Whether the output is that of this plan, and whole."""
+        if self.plan.run_folder.stat(DONE) is None:
+            return False
+        manifest = read_manifest(self.out)
+        if manifest is None or manifest.plan_hash != self.plan.hash:
+            return False
+        return not damaged_files(self.out, manifest)
+
+    def _timed(self, name: str, work: Callable[[], Sequence[Receipt]]) -> None:
+        start = time.perf_counter()
+        receipts = work()
+        self.report.stages.append(
+            StageReport(
+                name=name,
+                num_units=len(receipts),
+                seconds=time.perf_counter() - start,
+                num_matrices=sum(r.num_matrices for r in receipts),
+                bytes_read=sum(r.bytes_read for r in receipts),
+                bytes_stored=sum(r.bytes_stored for r in receipts),
+            )
+        )
+
+    def _write(self, selection: pa.Table) -> list[Receipt]:
+        plan, staged = self.plan, staging(self.out, plan_hash=self.plan.hash)
+        written = assemble.write_model(plan, staged, runtime=self._runtime, progress=self._progress)
+        written += _side_files(plan, staged, selection, kept=self.report.kept)
+        copy_side_files(plan.base, staged)
+        publish(staged, self.out, manifest=_manifest(plan, staged, written))
+        return []
+
+    def _save_report(self) -> None:
+        path = f"attempts/{self._attempt}/run.json"
+        self.plan.run_folder.put(path, self.report.to_json().encode())
+
+
+def run(recipe: Recipe, *, address: str = "local", progress: Progress = SILENT) -> RunReport:
+    """Plan, decompose, select, assemble, and tune if the recipe asks; what was done.
+
+    The same command again is the resume: only what is missing is computed.
+
+    Raises:
+        SvdmergeError: whatever is wrong with the recipe, the models, the store or the output.
+    """
+    make_plan(recipe)  # faults of headers are told before anything, Ray included, starts
+    with open_runtime(address) as runtime:
+        return Run(recipe, runtime=runtime, progress=progress).all()
+
+
+def _check_shared(plan: Plan, out: Folder, *, address: str) -> None:
+    """Other processes do not see this one's memory filesystem."""
+    folders = [plan.store, out, plan.base.folder, *(s.checkpoint.folder for s in plan.sources)]
+    for folder in folders:
+        if address != "none" and not folder.is_shared:
+            raise ResourceError(
+                f"{folder.uri}: lies in this process's memory",
+                "Ray's workers are other processes.",
+                "Use `--address none`, or a folder or URI that they can reach.",
+            )
+
+
+def _kept(plan: Plan, selection: pa.Table) -> dict[str, int]:
+    """Components kept of each source; averaged tensors are no components."""
+    names = {s.revision: s.reference for s in plan.sources}
+    kept = Counter(dict.fromkeys(names.values(), 0))
+    columns = (selection.column("parameter").to_pylist(), selection.column("source").to_pylist())
+    kept.update(names[s] for p, s in zip(*columns, strict=True) if not p.endswith("#flat"))
+    return dict(sorted(kept.items()))
+
+
+def _side_files(
+    plan: Plan, out: Folder, selection: pa.Table, *, kept: dict[str, int]
+) -> list[WrittenFile]:
+    """Card, resolved recipe and provenance."""
+    buffer = BytesIO()
+    pq.write_table(select.provenance(plan, selection), buffer, compression="zstd")
+    recipe_yaml = plan.recipe.dump_yaml()
+    card = model_card(
+        title=out_name(plan),
+        base=plan.base.reference,
+        sources=[
+            (m.model, m.weight, kept.get(m.model, 0))
+            for m in sorted(plan.recipe.models, key=lambda m: m.model)
+        ],
+        recipe_yaml=recipe_yaml,
+        summary=_summary(plan),
+    )
+    return [
+        assemble.put_file(out, PROVENANCE, buffer.getvalue()),
+        assemble.put_file(out, RECIPE, recipe_yaml.encode()),
+        assemble.put_file(out, "README.md", card.encode()),
+    ]
+
+
+def out_name(plan: Plan) -> str:
+    """The output folder's name."""
+    return Folder.at(plan.recipe.out).name
+
+
+def _summary(plan: Plan) -> str:
+    p = plan.recipe.parameters
+    if plan.recipe.merge_method == "average":
+        return f"The plain average of {len(plan.sources)} models' differences to their base."
+    share = f"{p.k:.4g} of each matrix's rank" if isinstance(p.k, float) else f"{p.k} per matrix"
+    return (
+        f"AXIS merge (arXiv 2508.19353) of {len(plan.sources)} models of one base: their "
+        f"differences' most salient rank-one components ({share}, by {p.salience}), "
+        "re-orthogonalised; vectors are averaged."
+    )
+
+
+def _manifest(plan: Plan, staged: Folder, written: Sequence[WrittenFile]) -> Manifest:
+    return Manifest(
+        plan_hash=plan.hash,
+        svdmerge_version=__version__,
+        base=plan.base.reference,
+        base_revision=plan.base.revision,
+        sources=tuple(
+            {"model": s.reference, "revision": s.revision, "weight": s.weight} for s in plan.sources
+        ),
+        actions={name: str(action) for name, action in plan.actions.items()},
+        files=written_files(staged, known=written),
+    )
+
+
+def _plan_json(plan: Plan) -> bytes:
+    import json
+
+    fields: dict[str, Any] = estimate(plan).to_json() | {
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "base": plan.base.revision,
+        "sources": {s.reference: s.revision for s in plan.sources},
+    }
+    return json.dumps(fields, indent=1).encode()
