@@ -8,7 +8,7 @@ from svdmerge.engine.plan import Plan, stored_bytes, unit_bytes
 
 # For the estimate of time: one core's float64 SVD and reading from a near disk. Measured on two
 # cores of a cloud machine (384 to 1536 wide); a guess elsewhere, and said to be one.
-SVD_FLOPS_PER_S = 6e9
+SVD_FLOPS_PER_S = 2e10
 READ_BYTES_PER_S = 4e8
 
 

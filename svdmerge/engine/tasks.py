@@ -167,7 +167,7 @@ def _solve(
             return svd.exact(d), 0.0
         seed = svd.seed_of(p.id, m=p.m, n=p.n, block=0)
         found = svd.truncated(d, depth=item.depth, seed=seed)
-    except RuntimeError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise SolverError(
             f"{unit.reference}: {p.id}: the SVD did not converge", str(error)
         ) from error

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from svdmerge.core.params import Action, budget
 from svdmerge.engine import tasks
@@ -24,6 +24,10 @@ class Outcome:
     """Size of the merged factors (float32)."""
     certain: bool
     """False if a value that is not stored might have been chosen: deepen first."""
+
+    def to_json(self) -> dict[str, object]:
+        """The outcome as plain values."""
+        return asdict(self)
 
 
 def whatif(plan: Plan, *, budgets: Sequence[int | float]) -> list[Outcome]:

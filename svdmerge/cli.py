@@ -1,0 +1,287 @@
+"""The command line: parse, build, one call, one result. Heavy imports wait for their command."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from svdmerge.errors import RecipeError, SvdmergeError
+
+if TYPE_CHECKING:
+    from svdmerge.progress import Progress
+    from svdmerge.workflow import Run
+
+app = typer.Typer(
+    name="svdmerge",
+    help="Merge many fine-tuned models of one base by their singular components.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+store_app = typer.Typer(help="Look after a component store.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
+StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="A folder or fsspec URI.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable result.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")]
+Address = Annotated[
+    str,
+    typer.Option(help="Where tasks run: local (embedded Ray), none, auto, or a cluster's address."),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path(
+        "svdmerge-demo"
+    ),
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the whole workflow on handwritten digits: train, merge, tune, compare."""
+
+    def work() -> None:
+        from svdmerge import demo as digits
+
+        result = digits.run_demo(out, address=address, progress=_progress())
+        _show(as_json, result.to_json, lambda: digits_tables(result))
+
+    def digits_tables(result: Any) -> list[Any]:
+        from svdmerge.report.tables import demo_tables
+
+        return demo_tables(result)
+
+    _guard(work, verbose=verbose)
+
+
+@app.command()
+def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Show what happens to every tensor, and the costs, from headers alone."""
+
+    def work() -> None:
+        from svdmerge.engine.estimate import estimate
+        from svdmerge.engine.plan import make_plan
+        from svdmerge.recipe import load_recipe
+
+        found = estimate(make_plan(load_recipe(recipe)))
+
+        def tables() -> list[Any]:
+            from svdmerge.report.tables import plan_tables
+
+            return plan_tables(found)
+
+        _show(as_json, found.to_json, tables)
+
+    _guard(work, verbose=verbose)
+
+
+@app.command()
+def run(
+    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Decompose, select, assemble, and tune if the recipe asks. Resumes by itself."""
+    _staged(recipe, lambda attempt: attempt.all(), address, as_json, verbose)
+
+
+@app.command()
+def decompose(
+    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Store every source's components, less those stored already."""
+    _staged(recipe, lambda attempt: attempt.decompose(), address, as_json, verbose)
+
+
+@app.command()
+def select(
+    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Choose the most salient components of every matrix across the sources."""
+    _staged(recipe, lambda attempt: attempt.select(), address, as_json, verbose)
+
+
+@app.command()
+def assemble(
+    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Merge what is selected and write the model."""
+    _staged(recipe, lambda attempt: attempt.assemble(), address, as_json, verbose)
+
+
+@app.command()
+def tune(
+    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Train singular values of the merged model for the recipe's target."""
+    _staged(recipe, lambda attempt: attempt.tune(), address, as_json, verbose)
+
+
+@app.command()
+def whatif(
+    recipe: RecipePath,
+    k: Annotated[str, typer.Option("--k", help="Budgets, by commas: 16,38,10%.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what other budgets would keep, from whom, from stored spectra."""
+
+    def work() -> None:
+        from svdmerge.engine.plan import make_plan
+        from svdmerge.engine.whatif import whatif as outcomes_of
+        from svdmerge.recipe import load_recipe, parse_share
+        from svdmerge.report.tables import whatif_table
+
+        try:
+            budgets = [parse_share(part) for part in k.split(",")]
+        except ValueError as error:
+            raise RecipeError(f"--k {k}: {error}") from None
+        outcomes = outcomes_of(make_plan(load_recipe(recipe)), budgets=budgets)
+        _show(as_json, lambda: [o.to_json() for o in outcomes], lambda: [whatif_table(outcomes)])
+
+    _guard(work, verbose=verbose)
+
+
+@app.command()
+def verify(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="An output folder or URI.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Reload an output and prove what its manifest claims."""
+
+    def work() -> None:
+        from svdmerge.report.tables import verify_table
+        from svdmerge.verify import verify as checks_of
+
+        checks = checks_of(out)
+        _show(as_json, lambda: [c.to_json() for c in checks], lambda: [verify_table(checks)])
+        if not all(c.held for c in checks):
+            raise typer.Exit(1)
+
+    _guard(work, verbose=verbose)
+
+
+@store_app.command("ls")
+def store_ls(store: StoreUri, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the sources a store holds."""
+
+    def work() -> None:
+        from dataclasses import asdict
+
+        from svdmerge.report.tables import store_table
+        from svdmerge.storage.maintenance import list_sources
+
+        found = list_sources(_folder(store))
+        _show(as_json, lambda: [asdict(s) for s in found], lambda: [store_table(found)])
+
+    _guard(work, verbose=verbose)
+
+
+@store_app.command("verify")
+def store_verify(store: StoreUri, as_json: Json = False, verbose: Verbose = False) -> None:
+    """Read every committed object whole and compare it with its commit."""
+
+    def work() -> None:
+        from svdmerge.storage.maintenance import verify as faults_of
+
+        faults = faults_of(_folder(store))
+        _show(as_json, lambda: {"faults": faults}, lambda: faults or ["No faults."])
+        if faults:
+            raise typer.Exit(1)
+
+    _guard(work, verbose=verbose)
+
+
+@store_app.command("gc")
+def store_gc(
+    store: StoreUri,
+    older_than_hours: Annotated[float, typer.Option(min=0.0, help="Spare younger objects.")] = 24,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Remove objects that no commit names."""
+
+    def work() -> None:
+        from svdmerge.storage.maintenance import collect_garbage
+
+        removed = collect_garbage(_folder(store), grace_s=older_than_hours * 3600)
+        _show(as_json, lambda: {"removed": removed}, lambda: [f"{len(removed)} objects removed."])
+
+    _guard(work, verbose=verbose)
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+def _staged(
+    recipe: Path, stage: "Callable[[Run], object]", address: str, as_json: bool, verbose: bool
+) -> None:
+    """Run one stage, or all, of a recipe."""
+
+    def work() -> None:
+        from svdmerge.engine.plan import make_plan
+        from svdmerge.recipe import load_recipe
+
+        loaded = load_recipe(recipe)
+        make_plan(loaded)  # faults of headers are told before Ray starts
+        from svdmerge.engine.runtime import open_runtime
+        from svdmerge.report.tables import run_tables
+        from svdmerge.workflow import Run
+
+        with open_runtime(address) as runtime:
+            attempt = Run(loaded, runtime=runtime, progress=_progress())
+            stage(attempt)
+        report = attempt.report
+        _show(as_json, lambda: json.loads(report.to_json()), lambda: run_tables(report))
+        if not as_json:
+            _show(False, dict, lambda: [f"{report.status}: {report.out}"])
+
+    _guard(work, verbose=verbose)
+
+
+def _folder(uri: str) -> Any:
+    from svdmerge.storage.filesystem import Folder
+
+    return Folder.at(uri)
+
+
+def _progress() -> "Progress":
+    from svdmerge.progress import TerminalProgress
+
+    return TerminalProgress()
+
+
+def _show(as_json: bool, plain: Callable[[], object], tables: Callable[[], Iterable[Any]]) -> None:
+    """The command's result on standard output: JSON, or tables."""
+    if as_json:
+        sys.stdout.write(json.dumps(plain(), indent=1, default=str) + "\n")
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    for part in tables():
+        console.print(part)
+
+
+def _guard(work: Callable[[], None], *, verbose: bool) -> None:
+    """Tell errors in up to three lines: 2 for a wrong recipe or usage, 1 for a failed run."""
+    try:
+        work()
+    except SvdmergeError as error:
+        if verbose:
+            raise
+        _fail(str(error), 2 if isinstance(error, RecipeError) else 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; what is done is kept: the same command goes on from there", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code) from None

@@ -1,0 +1,130 @@
+"""Tables of results for a terminal; they fit 80 columns."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from svdmerge.engine.estimate import Estimate
+from svdmerge.engine.whatif import Outcome
+from svdmerge.report.run_report import RunReport
+from svdmerge.storage.maintenance import StoredSource
+from svdmerge.verify import Check
+
+
+def table(title: str, *, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table; columns after the first are right-aligned."""
+    made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    return made
+
+
+def size(num_bytes: float) -> str:
+    """1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def plan_tables(found: Estimate) -> list[Table]:
+    """What happens to every tensor, alike ones together, and the costs."""
+    alike: Counter[tuple[str, str, str, str]] = Counter()
+    example: dict[tuple[str, str, str, str], str] = {}
+    for t in found.tensors:
+        shape = "x".join(map(str, t.shape)) or "scalar"
+        key = (t.action, shape, t.dtype, "" if t.k is None else str(t.k))
+        alike[key] += 1
+        example.setdefault(key, t.name)
+    tensors = table(
+        "Tensors",
+        columns=("first of its kind", "num", "shape", "dtype", "action", "k"),
+        rows=((example[key], num, key[1], key[2], key[0], key[3]) for key, num in alike.items()),
+    )
+    costs = table(
+        "Costs, if nothing is stored yet",
+        columns=("", ""),
+        rows=(
+            ("sources", found.num_sources),
+            ("units of work", found.num_units),
+            ("read", size(found.read_bytes)),
+            ("store", size(found.store_bytes)),
+            ("output", size(found.output_bytes)),
+            ("floating-point operations", f"{found.flops:.2g}"),
+            ("peak memory of a task", size(found.peak_task_bytes)),
+            ("CPU time, a guess", f"{found.cpu_seconds:.0f} s over all cores"),
+        ),
+    )
+    ignored = table(
+        "Left out: tensors the base does not have",
+        columns=("source", "num", "first"),
+        rows=((s, len(names), names[0]) for s, names in found.ignored.items()),
+    )
+    return [tensors, costs, *([ignored] if found.ignored else [])]
+
+
+def run_tables(report: RunReport) -> list[Table]:
+    """Stages, what was kept of whom, and the accuracies where a target was tuned."""
+    stages = table(
+        "Stages",
+        columns=("stage", "units", "matrices", "read", "stored", "seconds"),
+        rows=(
+            (s.name, s.num_units, s.num_matrices, size(s.bytes_read), size(s.bytes_stored),
+             f"{s.seconds:.1f}")
+            for s in report.stages
+        ),
+    )  # fmt: skip
+    kept = table("Components kept", columns=("source", "num"), rows=report.kept.items())
+    tables = [stages] if report.stages else []
+    tables += [kept] if report.kept else []
+    return tables + ([tune_table(report.tune)] if report.tune is not None else [])
+
+
+def tune_table(tune: "object") -> Table:
+    """Accuracy beside the comparators, all with the same head solver."""
+    return table(
+        "Accuracy on the target's test examples",
+        columns=("model", "accuracy", "trained", "with head", "seconds"),
+        rows=(
+            (r.name, f"{r.accuracy:.3f}", r.trained, r.trained_with_head, f"{r.seconds:.1f}")
+            for r in tune.rows  # pyright: ignore
+        ),
+    )
+
+
+def whatif_table(outcomes: Sequence[Outcome]) -> Table:
+    """What each budget keeps."""
+    sources = list(outcomes[0].kept) if outcomes else []
+    rows: list[tuple[object, ...]] = [
+        ("energy kept", *(f"{o.energy:.1%}" for o in outcomes)),
+        ("merged factors", *(size(o.factor_bytes) for o in outcomes)),
+        ("certain", *("yes" if o.certain else "deepen first" for o in outcomes)),
+    ]
+    rows += [(source, *(o.kept[source] for o in outcomes)) for source in sources]
+    names = [f"{o.k:.4g}" if isinstance(o.k, float) else str(o.k) for o in outcomes]
+    return table("Components kept", columns=("k", *names), rows=rows)
+
+
+def verify_table(checks: Sequence[Check]) -> Table:
+    """Claims and whether they held."""
+    return table(
+        "Claims",
+        columns=("claim", "", "detail"),
+        rows=((c.claim, "held" if c.held else "FAILED", c.detail) for c in checks),
+    )
+
+
+def store_table(sources: Sequence[StoredSource]) -> Table:
+    """What a store holds."""
+    return table(
+        "Sources in the store",
+        columns=("base", "source", "commits", "components", "size"),
+        rows=(
+            (s.base[:12], s.source[:12], s.num_commits, s.num_components, size(s.size_bytes))
+            for s in sources
+        ),
+    )
