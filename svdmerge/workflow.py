@@ -177,6 +177,7 @@ class Run:
                 num_matrices=sum(r.num_matrices for r in receipts),
                 bytes_read=sum(r.bytes_read for r in receipts),
                 bytes_stored=sum(r.bytes_stored for r in receipts),
+                peak_worker_rss_bytes=max((r.peak_rss_bytes for r in receipts), default=0),
             )
         )
 

@@ -1,6 +1,8 @@
 """Every function that runs on a worker: read, call core, write, return a small receipt."""
 
 import hashlib
+import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +40,8 @@ class Receipt:
     bytes_read: int
     bytes_stored: int
     seconds: float
+    peak_rss_bytes: int
+    """Of the worker so far, Python and torch included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +117,13 @@ def decompose(unit: DecomposeUnit) -> Receipt:
         bytes_read=sum(i.source.nbytes + i.base.nbytes for i in unit.items),
         bytes_stored=commit.shard.size,
         seconds=time.perf_counter() - start,
+        peak_rss_bytes=_peak_rss_bytes(),
     )
+
+
+def _peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
 def _read(ref: TensorRef, parameter: Parameter) -> bytes:
@@ -361,7 +371,7 @@ def factor(unit: FactorUnit) -> Receipt:
     )  # fmt: skip
     return Receipt(
         name=unit.name, num_matrices=len(unit.picks), bytes_read=0, bytes_stored=commit.shard.size,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start, peak_rss_bytes=_peak_rss_bytes(),
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ class StageReport:
     num_matrices: int = 0
     bytes_read: int = 0
     bytes_stored: int = 0
+    peak_worker_rss_bytes: int = 0
+    """Largest resident size of a worker so far, Python and torch included."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from svdmerge.errors import StoreError
+from svdmerge.errors import RetryableError, StoreError
 
 # s3fs caches listings per process; a store is written by many.
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
@@ -71,7 +71,8 @@ class Folder:
     def stat(self, relative: str = "") -> FileStat | None:
         """Size and version of a file; None if there is no such file."""
         try:
-            info = self.fs.info(self.path(relative))
+            with _reading(self, relative):
+                info = self.fs.info(self.path(relative))
         except FileNotFoundError:
             return None
         if info.get("type") != "file":
@@ -90,7 +91,8 @@ class Folder:
     def names(self) -> list[str]:
         """Names of the files and folders directly below; empty if the folder is missing."""
         try:
-            found = self.fs.ls(self.path(), detail=False)
+            with _reading(self, ""):
+                found = self.fs.ls(self.path(), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(str(p).rstrip("/").rsplit("/", 1)[-1] for p in found)
@@ -99,14 +101,21 @@ class Folder:
         """Sizes of all files below, by path relative to this folder."""
         root = self.path() + "/"
         try:
-            found: dict[str, Any] = self.fs.find(self.path(relative), detail=True)
+            with _reading(self, relative):
+                found: dict[str, Any] = self.fs.find(self.path(relative), detail=True)
         except FileNotFoundError:
             return {}
         return {p.removeprefix(root): int(i["size"]) for p, i in sorted(found.items())}
 
     def read(self, relative: str, *, start: int | None = None, stop: int | None = None) -> bytes:
-        """A file's bytes, or those of a range."""
-        return self.fs.cat_file(self.path(relative), start=start, end=stop)
+        """A file's bytes, or those of a range.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            StoreError: it cannot be read; RetryableError, if another try may help.
+        """
+        with _reading(self, relative):
+            return self.fs.cat_file(self.path(relative), start=start, end=stop)
 
     def put(self, relative: str, data: bytes) -> None:
         """Write a file whole; an older one is replaced."""
@@ -204,6 +213,24 @@ def _link(temporary: Path, target: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _reading(folder: Folder, relative: str) -> Generator[None]:
+    """Turn a failed read into an error that names the file; a missing one stays what it is."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        place = f"{folder.uri}/{relative}".rstrip("/")
+        if isinstance(error, PermissionError):
+            raise StoreError(
+                f"{place}: access refused", str(error), "Check permissions and credentials."
+            ) from error
+        # A disk that fails once fails again; a network may not.
+        kind = StoreError if folder.is_local else RetryableError
+        raise kind(f"{place}: cannot be read", str(error), "Check the store.") from error
 
 
 @contextlib.contextmanager
