@@ -4,12 +4,11 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 from svdmerge.core import svd
@@ -18,8 +17,7 @@ from svdmerge.core.delta import all_finite, delta
 from svdmerge.core.methods.average import average
 from svdmerge.core.methods.axis import axis
 from svdmerge.core.params import Action, Parameter
-from svdmerge.core.salience import SALIENCES
-from svdmerge.core.topk import top_k
+from svdmerge.engine.winners import SpectraByMatrix, listed_spectra, select_all, select_matrix
 from svdmerge.errors import ContentError, SolverError
 from svdmerge.storage import layout, schema
 from svdmerge.storage.checkpoint import TensorRef
@@ -27,8 +25,6 @@ from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
 from svdmerge.storage.manifest import Committed, Covered, put_unit
 from svdmerge.storage.shards import Rows, Spectrum
-
-SpectraByMatrix = Mapping[str, list[Spectrum]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,27 +225,6 @@ class SelectUnit:
     salience: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
-    """One source's stored values of one matrix, by which it enters the selection."""
-
-    sha256: str
-    source: str
-    weight: float
-    spectra: list[Spectrum]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selected:
-    """A kept component: its source's revision, its index there, and why it was kept."""
-
-    source: str
-    index: int
-    s: float
-    salience: float
-    sha256: str
-
-
 def select(unit: SelectUnit) -> dict[str, list[Any]]:
     """The selected ids, as columns of the selection schema: best first within each matrix."""
     columns: dict[str, list[Any]] = {f.name: [] for f in schema.SELECTION}
@@ -267,63 +242,6 @@ def select(unit: SelectUnit) -> dict[str, list[Any]]:
             for name, value in ({"parameter": parameter.id, "rank": rank} | asdict(row)).items():
                 columns[name].append(value)
     return columns
-
-
-def listed_spectra(
-    parameter: str, spectra: Mapping[str, tuple[float, SpectraByMatrix]]
-) -> list[Listed]:
-    """A matrix's values by source (revision -> weight, spectra), in order of the tensors' content.
-
-    Content first, so that neither names nor places of sources decide a tie.
-    """
-    listed = [
-        Listed(sha256=found[0].sha256, source=revision, weight=weight, spectra=found)
-        for revision, (weight, by_matrix) in spectra.items()
-        if (found := by_matrix.get(parameter))
-    ]
-    return sorted(listed, key=lambda x: (x.sha256, x.source))
-
-
-def select_all(listed: Sequence[Listed]) -> list[Selected]:
-    """Every source's flat difference: what an average is made of."""
-    return [
-        Selected(source=x.source, index=0, s=1.0, salience=x.weight, sha256=x.sha256)
-        for x in listed
-    ]
-
-
-def select_matrix(listed: Sequence[Listed], *, salience: str, k: int) -> list[Selected]:
-    """The k most salient components of one matrix across sources, best first."""
-    if not listed:
-        return []
-    values = [all_values(x.spectra) for x in listed]
-    scores = np.concatenate(
-        [
-            SALIENCES[salience](s.astype(np.float64) * x.weight, fro=x.spectra[0].fro)
-            for x, s in zip(listed, values, strict=True)
-        ]
-    )
-    tie = np.repeat(np.arange(len(values)), [len(s) for s in values])
-    index = np.concatenate([np.arange(len(s)) for s in values])
-    return [
-        Selected(
-            source=listed[int(tie[i])].source,
-            index=int(index[i]),
-            s=float(values[int(tie[i])][index[i]]),
-            salience=float(scores[i]),
-            sha256=listed[int(tie[i])].sha256,
-        )
-        for i in top_k(scores, tie=tie, index=index, k=k).tolist()
-    ]
-
-
-def all_values(spectra: Sequence[Spectrum]) -> np.ndarray:
-    """A matrix's singular values from the first on, from records that may overlap."""
-    values = np.zeros(0, np.float32)
-    for part in spectra:
-        if part.first <= len(values):
-            values = np.concatenate([values, part.s[len(values) - part.first :]])
-    return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

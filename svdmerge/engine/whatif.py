@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from svdmerge.core.params import Action, budget
-from svdmerge.engine import tasks
 from svdmerge.engine.decompose import load_source
 from svdmerge.engine.plan import Plan
+from svdmerge.engine.winners import SpectraByMatrix, listed_spectra, select_matrix
 from svdmerge.errors import StoreError
 
 
@@ -48,7 +48,7 @@ def whatif(plan: Plan, *, budgets: Sequence[int | float]) -> list[Outcome]:
     return [_outcome(plan, k, spectra) for k in budgets]
 
 
-def _outcome(plan: Plan, k: int | float, spectra: dict[str, tasks.SpectraByMatrix]) -> Outcome:
+def _outcome(plan: Plan, k: int | float, spectra: dict[str, SpectraByMatrix]) -> Outcome:
     kept: Counter[str] = Counter({s.reference: 0 for s in plan.sources})
     names = {s.revision: s.reference for s in plan.sources}
     energy = total = 0.0
@@ -56,10 +56,10 @@ def _outcome(plan: Plan, k: int | float, spectra: dict[str, tasks.SpectraByMatri
     for parameter in plan.parameters:
         if parameter.action is not Action.DECOMPOSE:
             continue
-        listed = tasks.listed_spectra(
+        listed = listed_spectra(
             parameter.id, {s.revision: (s.weight, spectra[s.revision]) for s in plan.sources}
         )
-        rows = tasks.select_matrix(
+        rows = select_matrix(
             listed, salience=plan.recipe.parameters.salience, k=budget(k, rank=parameter.rank)
         )
         kept.update(names[row.source] for row in rows)
