@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from svdmerge.core.params import Policy
@@ -161,6 +162,14 @@ class Recipe(Section):
     resources: Resources = Resources()
     tune: TuneConfig | None = None
 
+    @model_validator(mode="after")
+    def _tune_needs_factors(self) -> "Recipe":
+        if self.tune is not None and self.merge_method != "axis":
+            raise ValueError(
+                f"tune: {self.merge_method} leaves no singular values to train; use axis"
+            )
+        return self
+
     @property
     def rules(self) -> tuple[Policy, ...]:
         """The policies as the core takes them."""
@@ -208,7 +217,8 @@ def parse_recipe(raw: dict[str, Any], *, origin: str = "recipe") -> Recipe:
 def _explain(fault: Any) -> str:
     place = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("function-"))
     if fault["type"] != "extra_forbidden":
-        return f"{place}: {fault['msg'].removeprefix('Value error, ')}"
+        text = fault["msg"].removeprefix("Value error, ")
+        return f"{place}: {text}" if place else text
     section, key = _section_at(fault["loc"][:-1]), str(fault["loc"][-1])
     near = difflib.get_close_matches(key, section, n=1)
     known = f"the nearest is `{near[0]}`" if near else f"known keys: {', '.join(sorted(section))}"

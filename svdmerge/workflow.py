@@ -48,6 +48,8 @@ class Run:
         check_ours(self.out)
         _check_shared(self.plan, self.out, address=runtime.address)
         self.plan.store.probe_writable()
+        # A local output is written beside its place and renamed at the end.
+        (self.out.parent if self.out.is_local else self.out).probe_writable()
         self.report = RunReport(
             plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
         )

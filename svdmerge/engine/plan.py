@@ -165,7 +165,7 @@ def _source(
             else f"The base {base.reference} has it.",
             "Remove the source."
             if other
-            else "Add the policy {match: <name>, policy: base} to keep the base's, or remove it.",
+            else f"Add the policy {{match: {missing[0]!r}, policy: base}}, or remove the source.",
         )
     unlike = [n for n in wanted if _kind(source.tensors[n]) != _kind(base.tensors[n])]
     if unlike:

@@ -141,7 +141,7 @@ def _delta(unit: DecomposeUnit, item: Item, source: bytes, base: bytes) -> torch
     for tensor, ref in zip(tensors, (item.source, item.base), strict=True):
         if not all_finite(tensor):
             raise ContentError(
-                f"{ref.folder.uri}/{ref.file}: {item.parameter.id} holds NaN or Inf",
+                f"{ref.folder.uri}/{ref.file}: {item.parameter.tensor} holds NaN or Inf",
                 f"{int((~torch.isfinite(tensor)).sum())} of its {tensor.numel()} values are not "
                 "finite; nothing of this unit was published.",
                 "Remove or repair the model.",

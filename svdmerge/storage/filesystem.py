@@ -55,6 +55,11 @@ class Folder:
         return "memory" not in _protocols(self.fs)
 
     @property
+    def parent(self) -> "Folder":
+        """The folder that holds this one."""
+        return Folder(self.uri.rsplit("/", 1)[0])
+
+    @property
     def name(self) -> str:
         """The last part of the path."""
         return self.uri.rsplit("/", 1)[-1]
@@ -73,7 +78,7 @@ class Folder:
         try:
             with _reading(self, relative):
                 info = self.fs.info(self.path(relative))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if info.get("type") != "file":
             return None
