@@ -277,7 +277,9 @@ def _guard(work: Callable[[], None], *, verbose: bool) -> None:
     except SvdmergeError as error:
         if verbose:
             raise
-        _fail(str(error), 2 if isinstance(error, RecipeError) else 1)
+        # A line each, whatever other libraries' messages look like inside.
+        lines = [" ".join(str(line).split()) for line in error.args if line]
+        _fail("\n".join(lines), 2 if isinstance(error, RecipeError) else 1)
     except KeyboardInterrupt:
         _fail("interrupted; what is done is kept: the same command goes on from there", 130)
 

@@ -62,11 +62,10 @@ def verify(out_uri: str) -> list[Check]:
     detail = "" if same else "a model, a version or the machine's kind changed since the merge"
     checks.append(Check(claim="base and sources are as they were", held=same, detail=detail))
     if same:
-        merged = open_checkpoint(out.uri)
         checks += [
-            _checked("names, shapes and dtypes are the base's", lambda: _like_base(plan, merged)),
-            _checked("untouched tensors are the base's bytes", lambda: _untouched(plan, merged)),
-            _checked("the rest is base + merged factors", lambda: _merged_as_claimed(plan, merged)),
+            _checked("names, shapes and dtypes are the base's", lambda: _like_base(plan, out)[1]),
+            _checked("untouched tensors are the base's bytes", lambda: _untouched(plan, out)),
+            _checked("the rest is base + merged factors", lambda: _merged_as_claimed(plan, out)),
         ]
     return checks
 
@@ -79,7 +78,11 @@ def _checked(claim: str, check: Callable[[], str]) -> Check:
 
 
 def _recipe(out: Folder) -> Recipe:
-    return parse_recipe(yaml.safe_load(out.read(RECIPE)), origin=f"{out.uri}/{RECIPE}")
+    try:
+        raw = yaml.safe_load(out.read(RECIPE))
+    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OutputError(f"{RECIPE} cannot be read ({type(error).__name__})") from None
+    return parse_recipe(raw, origin=f"{out.uri}/{RECIPE}")
 
 
 def _finite(out: Folder) -> str:
@@ -90,7 +93,8 @@ def _finite(out: Folder) -> str:
     return f"{len(merged.tensors)} tensors"
 
 
-def _like_base(plan: Plan, merged: Checkpoint) -> str:
+def _like_base(plan: Plan, out: Folder) -> tuple[Checkpoint, str]:
+    merged = open_checkpoint(out.uri)
     expected = {
         t.base.name: (t.base.shape, t.dtype)
         for t in output_tensors(
@@ -101,10 +105,11 @@ def _like_base(plan: Plan, merged: Checkpoint) -> str:
     if unlike := [n for n in {*expected, *got} if expected.get(n) != got.get(n)]:
         name = min(unlike)
         raise OutputError(f"{name} is {got.get(name)}, expected {expected.get(name)}")
-    return ""
+    return merged, f"{len(got)} tensors"
 
 
-def _untouched(plan: Plan, merged: Checkpoint) -> str:
+def _untouched(plan: Plan, out: Folder) -> str:
+    merged, _ = _like_base(plan, out)
     names = [n for n, a in plan.actions.items() if a in (Action.BASE, Action.EQUAL)]
     same = [n for n in names if merged.tensors[n].dtype == plan.base.tensors[n].dtype]
     for name in same:
@@ -113,7 +118,8 @@ def _untouched(plan: Plan, merged: Checkpoint) -> str:
     return f"{len(same)} tensors"
 
 
-def _merged_as_claimed(plan: Plan, merged: Checkpoint) -> str:
+def _merged_as_claimed(plan: Plan, out: Folder) -> str:
+    merged, _ = _like_base(plan, out)
     factors = load_factors(plan.run_folder.child("factors"))
     worst = 0.0
     tensors = output_tensors(plan.base, parameters=plan.parameters, out_dtype=plan.recipe.out_dtype)

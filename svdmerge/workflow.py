@@ -1,5 +1,6 @@
 """The workflow: engine, training and report joined into the commands' work."""
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from svdmerge.engine.estimate import estimate
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
 from svdmerge.engine.tasks import Receipt
-from svdmerge.errors import ResourceError, StoreError
+from svdmerge.errors import ResourceError, StoreError, SvdmergeError
 from svdmerge.progress import SILENT, Progress
 from svdmerge.recipe import Recipe
 from svdmerge.report.card import model_card
@@ -73,9 +74,10 @@ class Run:
                 self.tune()
         except BaseException as error:
             self.report.status = f"failed: {type(error).__name__}"
+            with contextlib.suppress(SvdmergeError):  # the first error is the one to tell
+                self._save_report()
             raise
-        finally:
-            self._save_report()
+        self._save_report()
         return self.report
 
     def decompose(self) -> None:

@@ -225,15 +225,15 @@ def _grouped(
 
 def _check_memory(plan: Plan) -> None:
     limit = plan.recipe.resources.memory
-    for group in plan.groups:
-        need = unit_bytes(plan, group)
-        if need > limit:
-            worst = max(group, key=lambda p: decompose_bytes(p, depth=plan.depth(p)))
-            raise ResourceError(
-                f"{worst.id} ({worst.m} x {worst.n}): decomposing it needs {need >> 20} MiB",
-                f"The recipe gives a task {limit >> 20} MiB (resources.memory).",
-                f"Set `resources: {{memory: {-(-need >> 20)}MiB}}` or more.",
-            )
+    # The largest of all, so that the limit it names is enough for every other.
+    group = max(plan.groups, key=lambda g: unit_bytes(plan, g), default=())
+    if group and (need := unit_bytes(plan, group)) > limit:
+        worst = max(group, key=lambda p: decompose_bytes(p, depth=plan.depth(p)))
+        raise ResourceError(
+            f"{worst.id} ({worst.m} x {worst.n}): decomposing it needs {need / 2**20:.1f} MiB",
+            f"The recipe gives a task {limit / 2**20:.1f} MiB (resources.memory).",
+            f"Set `resources: {{memory: {-(-need >> 20)}MiB}}` or more.",
+        )
 
 
 def numerics_class(threads: int) -> str:

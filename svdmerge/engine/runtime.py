@@ -248,11 +248,16 @@ class _Window:
             raise ResourceError(
                 f"{self._units[i].name}: {failure.value}",
                 f"It failed {self._failures[i, failure]} times, last with "
-                f"{self._memory[i] >> 20} MiB reserved: {error}",
+                f"{self._memory[i] >> 20} MiB reserved: {_last_line(error)}",
                 "What is done is kept: run the same command again when the cause is gone.",
             ) from error
         self._memory[i] = decision.memory_bytes
         heapq.heappush(self._waiting, (time.monotonic() + decision.pause_s, i))
+
+
+def _last_line(error: Exception) -> str:
+    """What an error says last: Ray's carry whole tracebacks."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _limits() -> dict[str, float]:

@@ -27,7 +27,7 @@ def select(plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress) ->
     """
     units = list(_units(plan, attempt=attempt))
     parts = runtime.map(tasks.select, units, stage="select", progress=progress)
-    table = pa.concat_tables([_table(part) for part in parts])
+    table = pa.concat_tables([schema.SELECTION.empty_table(), *(_table(part) for part in parts)])
     plan.run_folder.put(SELECTION, encode_table(table))
     return table
 
@@ -42,17 +42,19 @@ def load_selection(plan: Plan) -> pa.Table | None:
 def picks(plan: Plan, selection: pa.Table) -> dict[str, tuple[tasks.Pick, ...]]:
     """What to read per matrix: sources by content, indices ascending.
 
-    The order is that of the tensors' sha256, so sums do not depend on names or places of sources.
+    The order is that of the tensors' sha256, and of weights where sources share a tensor: sums do
+    not depend on names or places of sources.
     """
     weights = {s.revision: s.weight for s in plan.sources}
-    found: dict[str, dict[tuple[str, str], list[int]]] = {}
+    found: dict[str, dict[tuple[str, float, str], list[int]]] = {}
     columns = [selection.column(c).to_pylist() for c in ("parameter", "sha256", "source", "index")]
     for parameter, sha256, source, index in zip(*columns, strict=True):
-        found.setdefault(parameter, {}).setdefault((sha256, source), []).append(index)
+        key = (sha256, weights[source], source)
+        found.setdefault(parameter, {}).setdefault(key, []).append(index)
     return {
         parameter: tuple(
             tasks.Pick(revision=source, weight=weights[source], indices=tuple(sorted(indices)))
-            for (_, source), indices in sorted(sources.items())
+            for (_, _, source), indices in sorted(sources.items())
         )
         for parameter, sources in found.items()
     }

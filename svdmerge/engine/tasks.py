@@ -177,9 +177,11 @@ def _solve(
         raise SolverError(
             f"{unit.reference}: {p.id}: the SVD did not converge", str(error)
         ) from error
-    # What is left in the Frobenius norm bounds each value not found: loose, but certain.
+    # What is left in the Frobenius norm bounds each value not found: loose, but certain. What the
+    # rounding of both sums leaves is none: a matrix of low rank is found whole.
     rest = fro**2 - float((found.s**2).sum())
-    return found, max(rest, 0.0) ** 0.5
+    rounding = fro**2 * max(p.m, p.n) * torch.finfo(torch.float64).eps
+    return found, rest**0.5 if rest > rounding else 0.0
 
 
 def _spectrum(

@@ -4,10 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from svdmerge.core.params import Action, budget
+from svdmerge.core.salience import SALIENCES
 from svdmerge.engine.decompose import load_source
 from svdmerge.engine.plan import Plan
-from svdmerge.engine.winners import SpectraByMatrix, listed_spectra, select_matrix
+from svdmerge.engine.winners import Listed, SpectraByMatrix, listed_spectra, select_matrix
 from svdmerge.errors import StoreError
 
 
@@ -51,6 +54,7 @@ def whatif(plan: Plan, *, budgets: Sequence[int | float]) -> list[Outcome]:
 def _outcome(plan: Plan, k: int | float, spectra: dict[str, SpectraByMatrix]) -> Outcome:
     kept: Counter[str] = Counter({s.reference: 0 for s in plan.sources})
     names = {s.revision: s.reference for s in plan.sources}
+    salience = plan.recipe.parameters.salience
     energy = total = 0.0
     size, certain = 0, True
     for parameter in plan.parameters:
@@ -59,16 +63,23 @@ def _outcome(plan: Plan, k: int | float, spectra: dict[str, SpectraByMatrix]) ->
         listed = listed_spectra(
             parameter.id, {s.revision: (s.weight, spectra[s.revision]) for s in plan.sources}
         )
-        rows = select_matrix(
-            listed, salience=plan.recipe.parameters.salience, k=budget(k, rank=parameter.rank)
-        )
+        wanted = budget(k, rank=parameter.rank)
+        rows = select_matrix(listed, salience=salience, k=wanted)
         kept.update(names[row.source] for row in rows)
         energy += sum(row.s**2 for row in rows)
         total += sum(x.spectra[0].fro ** 2 for x in listed)
         size += 4 * len(rows) * (parameter.m + parameter.n + 1)
-        cut = rows[-1].s if rows else 0.0
-        certain &= all(x.spectra[-1].bound <= cut or x.spectra[-1].bound == 0 for x in listed)
+        # A budget that the stored values do not fill would take any other.
+        cut = rows[-1].salience if len(rows) == wanted else 0.0
+        certain &= all(_largest_unlisted(x, salience=salience) <= cut for x in listed)
     return Outcome(
         k=k, kept=dict(kept), energy=energy / total if total else 0.0, factor_bytes=size,
         certain=certain,
     )  # fmt: skip
+
+
+def _largest_unlisted(listed: Listed, *, salience: str) -> float:
+    """The most salience that a value which is not stored can have."""
+    last = listed.spectra[-1]
+    bound = np.array([last.bound * listed.weight])
+    return float(SALIENCES[salience](bound, fro=last.fro)[0])

@@ -38,14 +38,14 @@ def listed_spectra(
 ) -> list[Listed]:
     """A matrix's values by source (revision -> weight, spectra), in order of the tensors' content.
 
-    Content first, so that neither names nor places of sources decide a tie.
+    Content first, then weight, so that neither names nor places of sources decide a tie.
     """
     listed = [
         Listed(sha256=found[0].sha256, source=revision, weight=weight, spectra=found)
         for revision, (weight, by_matrix) in spectra.items()
         if (found := by_matrix.get(parameter))
     ]
-    return sorted(listed, key=lambda x: (x.sha256, x.source))
+    return sorted(listed, key=lambda x: (x.sha256, x.weight, x.source))
 
 
 def select_all(listed: Sequence[Listed]) -> list[Selected]:

@@ -170,8 +170,9 @@ class Folder:
 
     def probe_writable(self) -> None:
         """Raise StoreError unless a file can be written here."""
-        self.put(".svdmerge-probe", b"")
-        self.remove(".svdmerge-probe")
+        probe = f".svdmerge-probe-{os.getpid()}"
+        self.put(probe, b"")
+        self.remove(probe)
 
     def _open(self) -> tuple[Any, str]:
         protocol = self.uri.split("://", 1)[0] if "://" in self.uri else "file"

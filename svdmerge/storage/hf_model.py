@@ -12,10 +12,9 @@ import torch
 from svdmerge.core.components import RankOneComponents, none
 from svdmerge.core.delta import DTYPE
 from svdmerge.core.params import Action, Parameter
-from svdmerge.errors import StoreError
+from svdmerge.errors import CheckpointError, StoreError
 from svdmerge.storage.checkpoint import (
     FLOATING,
-    INDEX,
     ITEM_BYTES,
     SINGLE,
     TORCH_NAMES,
@@ -184,10 +183,11 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
 
 def copy_side_files(base: Checkpoint, out: Folder) -> list[str]:
     """Configuration and tokenizer files copied from the base's folder; their names."""
-    names = [n for n in base.folder.names() if n.endswith(SIDE_SUFFIXES) and n != INDEX]
+    found = base.folder.names()
+    # An index of other weights (.bin, a variant) would point at files that are not there.
+    names = [n for n in found if n.endswith(SIDE_SUFFIXES) and not n.endswith(".index.json")]
     if "modules.json" in names:  # sentence-transformers keep their pooling in folders named there
-        modules: list[dict[str, str]] = json.loads(base.folder.read("modules.json"))
-        names += [f"{m['path']}/config.json" for m in modules if m.get("path")]
+        names += [f"{path}/config.json" for path in _module_folders(base) if path in found]
     copied: list[str] = []
     for name in names:
         stat = base.folder.stat(name)
@@ -195,3 +195,19 @@ def copy_side_files(base: Checkpoint, out: Folder) -> list[str]:
             out.put(name, base.folder.read(name))
             copied.append(name)
     return copied
+
+
+def _module_folders(base: Checkpoint) -> list[str]:
+    """What a `modules.json` names; the caller takes only what lies directly in the base's folder.
+
+    Raises:
+        CheckpointError: it is not valid JSON.
+    """
+    try:
+        modules = json.loads(base.folder.read("modules.json"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{base.folder.uri}/modules.json: not valid JSON", str(error), "Fetch it again."
+        ) from None
+    listed: list[Any] = modules if isinstance(modules, list) else []
+    return [str(m["path"]) for m in listed if isinstance(m, dict) and m.get("path")]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from svdmerge.errors import StoreError
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.manifest import Commit, objects
+from svdmerge.storage.output import is_partial
 from svdmerge.storage.shards import decode_spectra, read_blocks
 
 # An object without a commit may belong to a task that is still running; a day is longer than any.
@@ -64,10 +65,11 @@ def verify(store: Folder) -> list[str]:
 
 
 def collect_garbage(store: Folder, *, grace_s: float = GRACE_S) -> list[str]:
-    """Remove component objects that no commit names, older than the grace; their paths."""
+    """Remove what no commit names and half-written files, older than the grace; their paths."""
     named = {e.path for _, commit in _commits(store) for e in objects(commit)}
     removed: list[str] = []
-    for path in store.find("components"):
+    partial = [path for path in store.find() if is_partial(path)]
+    for path in sorted({*store.find("components"), *partial}):
         age_s = time.time() - store.fs.modified(store.path(path)).timestamp()
         if path not in named and age_s >= grace_s:
             store.remove(path)

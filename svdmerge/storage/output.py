@@ -38,9 +38,16 @@ def read_manifest(out: Folder) -> Manifest | None:
     if out.stat(MANIFEST) is None:
         return None
     try:
-        return Manifest(**json.loads(out.read(MANIFEST)))
-    except (ValueError, TypeError) as error:
-        raise OutputError(f"{out.uri}/{MANIFEST}: malformed", str(error)) from None
+        manifest = Manifest(**json.loads(out.read(MANIFEST)))
+        if not all({"size", "sha256"} <= set(claim) for claim in manifest.files.values()):
+            raise ValueError("a file has no size or sha256")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{out.uri}/{MANIFEST}: malformed",
+            str(error),
+            "Delete that folder, or give another `out`, and run again.",
+        ) from None
+    return manifest
 
 
 def check_ours(out: Folder) -> None:
@@ -72,23 +79,39 @@ def staging(out: Folder, *, plan_hash: str) -> Folder:
 
 
 def publish(staged: Folder, out: Folder, *, manifest: Manifest) -> None:
-    """Write the manifest and put the staged folder in the output's place, the old one replaced."""
+    """Write the manifest and put the staged folder in the output's place, the old one replaced.
+
+    Raises:
+        OutputError: the place cannot be taken.
+    """
     staged.put(MANIFEST, manifest.to_json())
     if staged == out:
         return
-    target, old = Path(out.path()), Path(staged.path() + ".old")
-    if target.exists():
-        target.rename(old)
-    Path(staged.path()).rename(target)
-    if old.exists():
-        Folder.at(old).remove()
+    target, old = Path(out.path()), Folder(f"{staged.uri}.old")
+    try:
+        if target.exists():
+            old.remove()  # left by an attempt that was killed right here
+            target.rename(old.path())
+        Path(staged.path()).rename(target)
+        old.remove()
+    except OSError as error:
+        raise OutputError(
+            f"{out.uri}: cannot be replaced",
+            str(error),
+            f"Check its permissions, or give another `out`; what was written is in {staged.uri}.",
+        ) from error
 
 
 def written_files(out: Folder, *, known: Sequence[WrittenFile]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file in a folder; those known are not read again."""
+    """Size and sha256 of every file in a folder; those known are not read again.
+
+    What a killed worker left half-written is removed.
+    """
     files = {f.file: {"size": f.size, "sha256": f.sha256} for f in known}
     for name, size in out.find().items():
-        if name not in files and name != MANIFEST:
+        if is_partial(name):
+            out.remove(name)
+        elif name not in files and name != MANIFEST:
             digest = hashlib.sha256(out.read(name)).hexdigest()
             files[name] = {"size": size, "sha256": digest}
     return dict(sorted(files.items()))
@@ -118,6 +141,12 @@ def file_sha256(folder: Folder, name: str) -> str:
         while piece := file.read(16 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def is_partial(path: str) -> bool:
+    """Whether a file is one that `Folder.writing` had not finished when its process was killed."""
+    name = path.rsplit("/", 1)[-1]
+    return name.startswith(".") and name.endswith(".partial")
 
 
 def _is_weights(name: str) -> bool:

@@ -1,0 +1,182 @@
+"""The backbone: a module built from a configuration, filled with a checkpoint's weights.
+
+No hub and no remote code: the module comes from transformers or from a callable the recipe names,
+the weights from our own reader, so any fsspec URI works.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdmerge.errors import TrainingError
+from svdmerge.recipe import TuneConfig
+from svdmerge.storage.checkpoint import FLOATING, Checkpoint
+
+Inputs = Tensor | dict[str, Tensor]
+
+# Buffers that older checkpoints store and newer modules compute.
+COMPUTED = ("position_ids", "token_type_ids", "rotary_emb.inv_freq")
+# Modules of a transformers model that mean-pooled features never pass through.
+UNUSED_MODULES = ("pooler.",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Backbone:
+    """A module, and how checkpoint names map to its own.
+
+    It stays in eval mode: with a few thousand trained values and frozen weights, dropout would only
+    add noise, and features would differ between training and use.
+    """
+
+    module: nn.Module
+    prefix: str
+    """What checkpoint names carry before the module's, such as `bert.`."""
+    unused: tuple[str, ...]
+    """Module names that may be absent from a checkpoint, for features do not depend on them."""
+    pooled: bool
+    """Whether the module's own output is the features; else tokens are averaged."""
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """Features (b, d)."""
+        if self.pooled:
+            return _checked(self.module(inputs))
+        if isinstance(inputs, Tensor):
+            return _checked(self.module(inputs).last_hidden_state.mean(dim=1))
+        hidden = self.module(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        # At least one: a text of no tokens must not divide by zero.
+        return _checked((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0))
+
+    def module_name(self, name: str) -> str:
+        """The module's name of a checkpoint's tensor."""
+        return name.removeprefix(self.prefix)
+
+
+def _checked(features: object) -> Tensor:
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise TrainingError(
+            f"the backbone returned {got}",
+            "Expected one row of features per example, (examples, features).",
+            "Return a 2-D tensor from its forward.",
+        )
+    return features
+
+
+def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
+    """The backbone of a base model's architecture, in eval mode, its weights not yet loaded.
+
+    Raises:
+        TrainingError: `model` names nothing that can be built, or building it failed.
+    """
+    library, _, attribute = config.model.partition(":")
+    try:
+        factory = getattr(importlib.import_module(library), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TrainingError(
+            f"model: {config.model}: cannot be imported ({error})",
+            "Expected `transformers:CLASS` or `package.module:callable`.",
+            "Install the package, or correct the name.",
+        ) from error
+    is_transformers = library == "transformers"
+    build = _from_transformers if is_transformers else _from_callable
+    try:
+        module = build(factory, base.config)
+    except Exception as error:
+        raise TrainingError(
+            f"model: {config.model}: cannot be built from {base.reference}'s config.json",
+            f"{type(error).__name__}: {error}",
+            "Check that the callable fits the base model.",
+        ) from error
+    return Backbone(
+        module=module.eval().float(),
+        prefix=_prefix(module, base) if is_transformers else "",
+        unused=UNUSED_MODULES if is_transformers else (),
+        pooled=not is_transformers,
+    )
+
+
+def _from_transformers(factory: Any, config: Mapping[str, Any]) -> nn.Module:
+    from transformers import AutoConfig
+
+    fields = {k: v for k, v in config.items() if k != "auto_map"}  # remote code stays out
+    return factory.from_config(AutoConfig.for_model(**fields))
+
+
+def _from_callable(
+    factory: Callable[[dict[str, Any]], nn.Module], config: Mapping[str, Any]
+) -> nn.Module:
+    module = factory(dict(config))
+    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"got {type(module).__name__}, expected an nn.Module")
+    return module
+
+
+def _prefix(module: nn.Module, base: Checkpoint) -> str:
+    """What a checkpoint saved with a head carries before the backbone's names: `bert.` or none."""
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    return prefix if any(name.startswith(prefix) for name in base.tensors) else ""
+
+
+def lacking(checkpoint: Checkpoint, *, base: Checkpoint) -> list[str]:
+    """Tensors of the base that a source lacks or has in another shape.
+
+    The base's stand in for them: planning let them pass, so a policy keeps the base's anyway.
+    """
+    return [
+        name
+        for name, ref in base.tensors.items()
+        if name not in checkpoint.tensors or checkpoint.tensors[name].shape != ref.shape
+    ]
+
+
+def load_weights(backbone: Backbone, *, checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """Fill the module with a checkpoint, in float32; what that lacks is the base's.
+
+    Raises:
+        TrainingError: the module has a tensor that the base lacks, or the other way round.
+    """
+    expected = backbone.module.state_dict()
+    _check_names(backbone, base=base, expected=expected)
+    absent = set(lacking(checkpoint, base=base))
+    state: dict[str, Tensor] = {}
+    for name, ref in base.tensors.items():
+        target = expected.get(backbone.module_name(name))
+        if target is None:
+            continue
+        if ref.shape != tuple(target.shape):
+            raise TrainingError(
+                f"{base.reference}: {name} has shape {list(ref.shape)}",
+                f"The backbone expects {list(target.shape)}.",
+                "Check that `model` fits the base model.",
+            )
+        own = ref if name in absent else checkpoint.tensors[name]
+        tensor = own.read()
+        floating = own.dtype in FLOATING
+        state[backbone.module_name(name)] = tensor.to(torch.float32) if floating else tensor
+    backbone.module.load_state_dict(state, strict=False)
+
+
+def _check_names(backbone: Backbone, *, base: Checkpoint, expected: Mapping[str, Tensor]) -> None:
+    # A checkpoint saved with a head has tensors outside the prefix: the head, which is not ours.
+    inside = {n for n in base.tensors if n.startswith(backbone.prefix)}
+    given = {backbone.module_name(n) for n in inside}
+    missing = sorted(
+        n for n in set(expected) - given if not n.startswith(backbone.unused or ("\0",))
+    )
+    unexpected = sorted(
+        n
+        for n in given - set(expected)
+        if not n.endswith(COMPUTED) and not n.startswith(backbone.unused or ("\0",))
+    )
+    for names, kind in ((missing, "missing from"), (unexpected, "unknown to the backbone but in")):
+        if names:
+            raise TrainingError(
+                f"{base.reference}: {names[0]} is {kind} the checkpoint",
+                f"{len(names)} such tensors; the backbone has {len(expected)}.",
+                "Set `model` to the class or callable whose tensors are named like the base's.",
+            )

@@ -1,0 +1,143 @@
+"""Where training runs: in this process, or in Ray Train's workers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from svdmerge.errors import TrainingError
+from svdmerge.storage.filesystem import Folder
+from svdmerge.training.checkpointing import (
+    FolderCheckpoints,
+    RayCheckpoints,
+    State,
+    load_file,
+    read_state,
+    save_file,
+)
+from svdmerge.training.data import Examples, load_training
+from svdmerge.training.loop import Group, Loop, train
+from svdmerge.training.trainee import Job, build_trainee
+
+TRAINED = "trained.pt"
+# A worker lost to its node or to memory comes back this often; more often points at the job itself.
+MAX_FAILURES = 3
+
+
+def fit(
+    job: Job, *, examples: Examples, use_ray: bool, on_epoch: Callable[[int], None]
+) -> tuple[State, bool]:
+    """The trained state, and whether it, or a part of it, comes from an earlier attempt.
+
+    Raises:
+        TrainingError: training failed, or its workers were lost more than `MAX_FAILURES` times.
+    """
+    if job.folder.stat(TRAINED) is not None:
+        return load_file(job.folder, TRAINED), True
+    state = _fit_on_ray(job) if use_ray else _fit_here(job, examples=examples, on_epoch=on_epoch)
+    save_file(job.folder, TRAINED, state)
+    return state, state["resumes"] > 0
+
+
+def _fit_here(job: Job, *, examples: Examples, on_epoch: Callable[[int], None]) -> State:
+    trainee = build_trainee(job, examples=examples, device=own_device(use_gpu=job.config.use_gpu))
+    loop = Loop(trainee, examples=examples, config=job.config, group=Group())
+    checkpoints = FolderCheckpoints(job.folder.child("checkpoints"))
+    return train(loop, config=job.config, checkpoints=checkpoints, on_epoch=on_epoch)
+
+
+def own_device(*, use_gpu: bool) -> torch.device:
+    """This process's device. Raises: TrainingError, if the recipe wants a GPU it does not have."""
+    if use_gpu and not torch.cuda.is_available():
+        raise TrainingError(
+            "use_gpu: this process has no GPU", "", "Set `use_gpu: false`, or use a cluster."
+        )
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def _fit_on_ray(job: Job) -> State:
+    from ray import train as ray_train
+    from ray.train.torch import TorchTrainer
+
+    workers = job.config.num_workers
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ray_train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=job.config.use_gpu,
+            resources_per_worker={"CPU": _cpus(job.threads, workers=workers)}
+            | ({"GPU": 1.0} if job.config.use_gpu else {}),
+        ),
+        # One name for one job: fitting again, as after the driver died, resumes by itself.
+        run_config=ray_train.RunConfig(
+            name="ray",
+            storage_path=job.folder.path(),
+            storage_filesystem=_arrow_filesystem(job.folder),
+            failure_config=ray_train.FailureConfig(max_failures=MAX_FAILURES),
+            # Two: the newest may not be committed yet when a worker asks for one.
+            checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    checkpoint = _fitted(trainer).checkpoint
+    if checkpoint is None:
+        raise TrainingError(
+            "tuning: the workers ended without a checkpoint", "", "See the workers' logs."
+        )
+    with checkpoint.as_directory() as path:
+        return read_state(path)
+
+
+def _fitted(trainer: Any) -> Any:
+    from ray.train import TrainingFailedError
+
+    try:
+        return trainer.fit()
+    except TrainingFailedError as error:
+        failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+        for failure in failures.values():
+            cause = getattr(failure, "cause", failure)
+            if isinstance(cause, TrainingError):
+                raise cause from None
+        raise TrainingError(
+            f"tuning: its workers failed, and again after {MAX_FAILURES} restarts",
+            next((f"{type(f).__name__}: {f}" for f in failures.values()), str(error)),
+            "See the workers' logs; the same command resumes from the last checkpoint.",
+        ) from error
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One training process: all places come in the job; state leaves by checkpoints alone."""
+    from ray import train as ray_train
+    from ray.train.torch import get_device
+
+    job: Job = settings["job"]
+    # A worker process keeps whatever number of threads it was last set to.
+    torch.set_num_threads(job.threads)
+    device = get_device() if job.config.use_gpu else torch.device("cpu")
+    examples = load_training(job.config, base=job.base)
+    trainee = build_trainee(job, examples=examples, device=device)
+    context = ray_train.get_context()
+    group = Group(rank=context.get_world_rank(), world=context.get_world_size())
+    loop = Loop(trainee, examples=examples, config=job.config, group=group)
+    train(loop, config=job.config, checkpoints=RayCheckpoints(), on_epoch=lambda _: None)
+
+
+def _cpus(threads: int, *, workers: int) -> float:
+    """CPUs a worker asks for: its threads, or its part of a cluster that has fewer.
+
+    Ray would wait forever for CPUs that no node has.
+    """
+    import ray
+
+    total = float(ray.cluster_resources().get("CPU", 0.0))
+    return min(float(threads), total / workers) if total else float(threads)
+
+
+def _arrow_filesystem(folder: Folder) -> Any:
+    """The folder's filesystem as Ray takes it; None for local files, which it opens itself."""
+    if folder.is_local:
+        return None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(folder.fs))

@@ -1,0 +1,97 @@
+"""What tuning found: accuracies side by side, and said plainly where it did not pay."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One model on the target: same drawn training examples, same test examples as every row."""
+
+    name: str
+    accuracy: float
+    """On the test examples."""
+    trained: int
+    """Values trained, without the head."""
+    trained_with_head: int
+    seconds: float
+    """Features, head and training; of a cached part, what it took when it was computed."""
+    loo_error: float | None
+    """Mean squared leave-one-out error of the ridge head on the training examples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceScore:
+    """A source by its leave-one-out error on the training examples; the test takes no part."""
+
+    name: str
+    loo_error: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochPoint:
+    """Mean training loss and accuracy over an epoch, as its steps saw them."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneResult:
+    """Tuning's outcome. `rows` holds base, best source, merged, and merged + tuned, in order."""
+
+    rows: tuple[Row, ...]
+    sources: tuple[SourceScore, ...]
+    """All sources, best first."""
+    best_source: str
+    curve: tuple[EpochPoint, ...]
+    notes: tuple[str, ...]
+    verdict: str
+    resumed: bool
+    out: str
+    num_train: int
+    num_test: int
+    num_classes: int
+
+    def row(self, name: str) -> Row:
+        """The row of this name. Raises: KeyError."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def to_json(self) -> str:
+        """The result as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "TuneResult":
+        """The result that `to_json` wrote."""
+        raw: dict[str, Any] = json.loads(text)
+        raw["rows"] = tuple(Row(**r) for r in raw["rows"])
+        raw["sources"] = tuple(SourceScore(**s) for s in raw["sources"])
+        raw["curve"] = tuple(EpochPoint(**p) for p in raw["curve"])
+        raw["notes"] = tuple(raw["notes"])
+        return TuneResult(**raw)
+
+
+def verdict(*, tuned: Row, merged: Row, others: tuple[Row, ...], num_test: int) -> str:
+    """Whether tuning beats the merge as it is, and every other row, in plain sentences."""
+    # Of one accuracy on so many examples: what smaller differences are not told apart by.
+    error = math.sqrt(max(tuned.accuracy * (1 - tuned.accuracy), 0.0) / num_test)
+    gain = tuned.accuracy - merged.accuracy
+    figures = f"{tuned.accuracy:.3f} after, {merged.accuracy:.3f} before"
+    if abs(gain) < error:
+        told = f"Tuning made no clear difference to the merged model: {figures}"
+    elif gain < 0:
+        told = f"Tuning is WORSE than not tuning: {figures}"
+    else:
+        told = f"Tuning helped the merged model: {figures}"
+    told += f" (standard error {error:.3f} on {num_test} test examples)."
+    best = max(others, key=lambda r: r.accuracy)
+    if best.accuracy > tuned.accuracy:
+        return f"{told} {best.name} does better untuned, {best.accuracy:.3f}: use it instead."
+    return told

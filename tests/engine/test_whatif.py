@@ -1,0 +1,127 @@
+"""What-if and selection: what is kept at a budget, from stored spectra alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from merging import Bench, micro_bench, tiny_bench, tree
+
+from svdmerge.engine.whatif import whatif
+from svdmerge.engine.winners import Listed, all_values, select_matrix
+from svdmerge.errors import StoreError
+from svdmerge.storage.shards import Spectrum
+
+
+def listed(name: str, s: list[float], *, weight: float = 1.0, bound: float = 0.0) -> Listed:
+    values = np.array(s, np.float32)
+    spectrum = Spectrum(
+        parameter="x", sha256=name, m=8, n=8, fro=float(np.linalg.norm(values)), bound=bound,
+        first=0, s=values,
+    )  # fmt: skip
+    return Listed(sha256=name, source=f"source {name}", weight=weight, spectra=[spectrum])
+
+
+spectrum_lists = st.lists(
+    st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 3.0]), min_size=1, max_size=6).map(
+        lambda s: sorted(s, reverse=True)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(spectra=spectrum_lists, k=st.integers(1, 12))
+def test_the_selection_is_the_head_of_all_values_sorted_with_ties_by_content(
+    spectra: list[list[float]], k: int
+) -> None:
+    sources = [listed(f"{i}", s) for i, s in enumerate(spectra)]
+    got = [(r.s, r.sha256, r.index) for r in select_matrix(sources, salience="sigma", k=k)]
+    pool = [(s, f"{i}", j) for i, values in enumerate(spectra) for j, s in enumerate(values) if s]
+    assert got == sorted(pool, key=lambda row: (-row[0], row[1], row[2]))[:k]
+
+
+@given(spectra=spectrum_lists, k=st.integers(1, 12))
+def test_what_is_kept_of_a_source_is_a_prefix_of_its_list(
+    spectra: list[list[float]], k: int
+) -> None:
+    rows = select_matrix(
+        [listed(f"{i}", s) for i, s in enumerate(spectra)], salience="relative", k=k
+    )
+    for source in {r.source for r in rows}:
+        indices = [r.index for r in rows if r.source == source]
+        assert sorted(indices) == list(range(len(indices)))
+
+
+def test_a_weight_lifts_a_sources_values() -> None:
+    sources = [listed("a", [2.0, 1.0]), listed("b", [1.5, 1.0], weight=2.0)]
+    rows = select_matrix(sources, salience="sigma", k=2)
+    assert [(r.sha256, r.s, r.salience) for r in rows] == [("b", 1.5, 3.0), ("a", 2.0, 2.0)]
+
+
+def test_overlapping_records_of_a_matrix_are_read_as_one_list() -> None:
+    first, second = listed("a", [4, 3, 2]).spectra[0], listed("a", [2, 1]).spectra[0]
+    from dataclasses import replace
+
+    assert all_values([first, replace(second, first=2)]).tolist() == [4, 3, 2, 1]
+    # A gap ends the list: what lies beyond cannot be a prefix.
+    assert all_values([first, replace(second, first=5)]).tolist() == [4, 3, 2]
+
+
+@pytest.mark.parametrize("salience", ["sigma", "relative"])
+def test_whatif_keeps_what_a_run_keeps_at_that_budget(tmp_path: Path, salience: str) -> None:
+    bench = tiny_bench(tmp_path)
+    bench.run(parameters={"k": 2, "salience": salience})
+    budgets: list[int | float] = [1, 3, 0.25, 20, 1.0]
+    outcomes = whatif(bench.plan(parameters={"k": 2, "salience": salience}), budgets=budgets)
+    for k, told in zip(budgets, outcomes, strict=True):
+        report = bench.run(parameters={"k": k, "salience": salience})
+        assert report.kept == told.kept
+        assert told.certain
+    assert [o.energy for o in outcomes] == sorted(o.energy for o in outcomes)
+    single = whatif(bench.plan(models=bench.raw()["models"][:1]), budgets=[1.0])[0]
+    assert single.energy == pytest.approx(1.0, abs=1e-6)
+
+
+def test_whatif_writes_nothing(tmp_path: Path) -> None:
+    bench = micro_bench(tmp_path)
+    bench.run()
+    before = tree(tmp_path)
+    whatif(bench.plan(), budgets=[1, 2])
+    assert tree(tmp_path) == before
+
+
+def test_whatif_of_what_is_not_decomposed_says_what_to_run(tmp_path: Path) -> None:
+    bench = micro_bench(tmp_path)
+    with pytest.raises(StoreError) as caught:
+        whatif(bench.plan(), budgets=[1])
+    assert "svdmerge decompose" in str(caught.value)
+    assert str(bench.plan().sources[0].reference) in str(caught.value)
+
+
+def test_whatif_is_not_certain_where_unstored_values_might_win(tmp_path: Path) -> None:
+    """A truncated store lists few values: neither weights nor an unfilled budget may hide that."""
+
+    def model(folder: str, seed: int, start: torch.Tensor | float = 0.0) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        dense = torch.randn(120, 90, generator=generator, dtype=torch.float64)
+        u, _, vh = torch.linalg.svd(dense, full_matrices=False)
+        return tiny.write_model(
+            tmp_path / folder, {"a.weight": start + (u * 0.5 ** torch.arange(90)) @ vh}
+        )
+
+    base = model("base", 0)
+    start = tiny.read_model(base)["a.weight"]
+    sources = (model("one", 1, start), model("two", 2, start))
+    bench = Bench(root=tmp_path, base=base, sources=sources)
+    changes = {"parameters": {"k": 4, "svd": "truncated"}}
+    bench.run(**changes)
+    told = whatif(bench.plan(**changes), budgets=[4, 8, 31, 40, 90])
+    assert [o.certain for o in told] == [True, True, False, False, False]
+    weighted = changes | {"models": [str(sources[0]), {"model": str(sources[1]), "weight": 1e6}]}
+    # All of 16 listed values of the second win first, and its 17th might well have too.
+    told = whatif(bench.plan(**weighted), budgets=[10, 20])
+    assert [o.certain for o in told] == [True, False]

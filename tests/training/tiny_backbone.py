@@ -1,0 +1,64 @@
+"""A backbone that recipes of these tests name; it can kill its own process while it trains."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+INPUTS, WIDTH, FEATURES = 12, 20, 16
+
+
+class TinyNet(nn.Module):
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config, self.steps = config, 0
+        self.encoder = nn.Sequential(
+            nn.Linear(INPUTS, WIDTH), nn.GELU(), nn.Linear(WIDTH, FEATURES)
+        )
+        self.norm = nn.LayerNorm(FEATURES)
+        self.pooler = nn.Linear(FEATURES, FEATURES)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and "kill_marker" in self.config:
+            self._maybe_die()
+        hidden = self.norm(self.encoder(inputs))
+        self.pooler(hidden)  # called, and its output dropped, as transformers' models do
+        return hidden
+
+    def _maybe_die(self) -> None:
+        self.steps += 1
+        marker = Path(self.config["kill_marker"])
+        if self.steps == self.config["kill_at_step"] and not marker.exists():
+            # Reports are committed every two seconds or so; death before that restarts at zero.
+            time.sleep(self.config["pause_s"])
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    return TinyNet(config)
+
+
+def build_number(config: dict[str, Any]) -> int:
+    del config
+    return 3
+
+
+class Sequences(nn.Module):
+    """Features of the wrong shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = TinyNet({})
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.net(inputs)[:, None]
+
+
+def build_sequences(config: dict[str, Any]) -> nn.Module:
+    del config
+    return Sequences()
