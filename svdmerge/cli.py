@@ -47,15 +47,15 @@ def demo(
     """Run the whole workflow on handwritten digits: train, merge, tune, compare."""
 
     def work() -> None:
-        from svdmerge import demo as digits
-
-        result = digits.run_demo(out, address=address, progress=_progress())
-        _show(as_json, result.to_json, lambda: digits_tables(result))
-
-    def digits_tables(result: Any) -> list[Any]:
+        from svdmerge.demo import run_demo
         from svdmerge.report.tables import demo_tables
 
-        return demo_tables(result)
+        result = run_demo(out, address=address, progress=_progress())
+        _show(
+            as_json,
+            result.to_json,
+            lambda: demo_tables(result.rows, seconds=result.seconds, paths=result.paths),
+        )
 
     _guard(work, verbose=verbose)
 

@@ -20,7 +20,7 @@ from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.winners import SpectraByMatrix, listed_spectra, select_all, select_matrix
 from svdmerge.errors import ContentError, SolverError
 from svdmerge.storage import layout, schema
-from svdmerge.storage.checkpoint import TensorRef
+from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
 from svdmerge.storage.manifest import Committed, Covered, put_unit
@@ -110,7 +110,10 @@ def decompose(unit: DecomposeUnit) -> Receipt:
     return Receipt(
         name=unit.name,
         num_matrices=len(unit.items),
-        bytes_read=sum(i.source.nbytes + i.base.nbytes for i in unit.items),
+        bytes_read=sum(
+            i.parameter.numel * (ITEM_BYTES[i.source.dtype] + ITEM_BYTES[i.base.dtype])
+            for i in unit.items
+        ),
         bytes_stored=commit.shard.size,
         seconds=time.perf_counter() - start,
         peak_rss_bytes=_peak_rss_bytes(),

@@ -1,7 +1,8 @@
 """Tables of results for a terminal; they fit 80 columns."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 from rich.table import Table
 
@@ -81,19 +82,46 @@ def run_tables(report: RunReport) -> list[Table]:
     kept = table("Components kept", columns=("source", "num"), rows=report.kept.items())
     tables = [stages] if report.stages else []
     tables += [kept] if report.kept else []
-    return tables + ([tune_table(report.tune)] if report.tune is not None else [])
+    return tables + ([accuracy_table(report.tune.rows)] if report.tune is not None else [])
 
 
-def tune_table(tune: "object") -> Table:
+class AccuracyRow(Protocol):
+    """A model on a target: what tuning and the demo report."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def trained(self) -> int: ...
+    @property
+    def trained_with_head(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+def accuracy_table(rows: Iterable[AccuracyRow]) -> Table:
     """Accuracy beside the comparators, all with the same head solver."""
     return table(
         "Accuracy on the target's test examples",
         columns=("model", "accuracy", "trained", "with head", "seconds"),
         rows=(
             (r.name, f"{r.accuracy:.3f}", r.trained, r.trained_with_head, f"{r.seconds:.1f}")
-            for r in tune.rows  # pyright: ignore
+            for r in rows
         ),
     )
+
+
+def demo_tables(
+    rows: Iterable[AccuracyRow], *, seconds: Mapping[str, float], paths: Mapping[str, str]
+) -> list[Table]:
+    """The demo's accuracies, its time by step, and where the outputs are."""
+    steps = ((name, f"{value:.1f}") for name, value in seconds.items())
+    return [
+        accuracy_table(rows),
+        table("Time", columns=("step", "seconds"), rows=steps),
+        table("Outputs", columns=("what", "where"), rows=paths.items()),
+    ]
 
 
 def whatif_table(outcomes: Sequence[Outcome]) -> Table:

@@ -71,7 +71,8 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
     """The backbone of a base model's architecture, in eval mode, its weights not yet loaded.
 
     Raises:
-        TrainingError: `model` names nothing that can be built, or building it failed.
+        TrainingError: `model` names nothing that can be built, building it failed, or the module
+            has a tensor that the base lacks, or the other way round.
     """
     library, _, attribute = config.model.partition(":")
     try:
@@ -92,12 +93,14 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
             f"{type(error).__name__}: {error}",
             "Check that the callable fits the base model.",
         ) from error
-    return Backbone(
+    backbone = Backbone(
         module=module.eval().float(),
         prefix=_prefix(module, base) if is_transformers else "",
         unused=UNUSED_MODULES if is_transformers else (),
         pooled=not is_transformers,
     )
+    _check_names(backbone, base=base)
+    return backbone
 
 
 def _from_transformers(factory: Any, config: Mapping[str, Any]) -> nn.Module:
@@ -138,10 +141,9 @@ def load_weights(backbone: Backbone, *, checkpoint: Checkpoint, base: Checkpoint
     """Fill the module with a checkpoint, in float32; what that lacks is the base's.
 
     Raises:
-        TrainingError: the module has a tensor that the base lacks, or the other way round.
+        TrainingError: a tensor has another shape than the module's.
     """
     expected = backbone.module.state_dict()
-    _check_names(backbone, base=base, expected=expected)
     absent = set(lacking(checkpoint, base=base))
     state: dict[str, Tensor] = {}
     for name, ref in base.tensors.items():
@@ -161,7 +163,8 @@ def load_weights(backbone: Backbone, *, checkpoint: Checkpoint, base: Checkpoint
     backbone.module.load_state_dict(state, strict=False)
 
 
-def _check_names(backbone: Backbone, *, base: Checkpoint, expected: Mapping[str, Tensor]) -> None:
+def _check_names(backbone: Backbone, *, base: Checkpoint) -> None:
+    expected = backbone.module.state_dict()
     # A checkpoint saved with a head has tensors outside the prefix: the head, which is not ours.
     inside = {n for n in base.tensors if n.startswith(backbone.prefix)}
     given = {backbone.module_name(n) for n in inside}

@@ -244,7 +244,8 @@ def test_a_loss_that_is_no_number_is_told_with_the_way_out(case: Case) -> None:
         ("tiny_backbone:absent", "cannot be imported"),
         ("tiny_backbone", "cannot be imported"),
         ("tiny_backbone:build_number", "expected an nn.Module"),
-        ("tiny_backbone:build_sequences", "is missing from the checkpoint"),
+        ("tiny_backbone:build_sequences", r"the backbone returned \[\d+, 1, 16\]"),
+        ("tiny_backbone:build_other", "net.encoder.0.bias is missing from the checkpoint"),
         ("transformers:AutoModel", "cannot be built"),
     ],
 )

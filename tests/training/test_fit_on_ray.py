@@ -1,0 +1,68 @@
+"""Training under Ray Train: the numbers of one process, and a killed worker that resumes.
+
+Real: Ray, its workers, gloo, SIGKILL, checkpoints on disk. Made up: the model and the data.
+"""
+
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+from tune_case import Case, make_case
+
+from svdmerge.storage.filesystem import Folder
+from svdmerge.training.checkpointing import State, load_file
+
+
+@pytest.fixture(autouse=True)
+def quick_ray_train(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """Losses noticed at once; they are looked for every two seconds by default."""
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    yield
+
+
+def trained(case: Case, run: str) -> State:
+    [path] = (case.root / run / "tune").glob("*/trained.pt")
+    return load_file(Folder.at(path.parent), path.name)
+
+
+def assert_close(a: State, b: State) -> None:
+    """Equal up to the rounding of sums taken in another order."""
+    assert a["sigma_change"].keys() == b["sigma_change"].keys()
+    for name, change in a["sigma_change"].items():
+        torch.testing.assert_close(change, b["sigma_change"][name], rtol=1e-3, atol=1e-4)
+    for name, values in a["head"].items():
+        torch.testing.assert_close(values, b["head"][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_two_workers_train_the_numbers_of_one_process(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    # 36 examples in batches of 8: the last batch is of 4, so workers' parts differ in size too.
+    config = case.config(num_workers=2, batch_size=8, checkpoint_every=2)
+    alone = case.tune(config, run="alone", out="a")
+    together = case.tune(config, run="together", out="b", use_ray=True)
+    assert_close(trained(case, "alone"), trained(case, "together"))
+    assert [r.accuracy for r in together.rows] == pytest.approx(
+        [r.accuracy for r in alone.rows], abs=0.012
+    )
+    assert not together.resumed
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_killed_worker_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    marker = tmp_path / "killed"
+    # One step while the layers are probed, then five an epoch: dies within the third epoch.
+    case = make_case(
+        tmp_path, config={"kill_marker": str(marker), "kill_at_step": 13, "pause_s": 3.0}
+    )
+    result = case.tune(run="killed", use_ray=True)
+    assert marker.exists()
+    assert result.resumed
+    state = trained(case, "killed")
+    assert state["resumes"] == 1
+    assert len(result.curve) == state["epoch"] == 4
+    undisturbed = case.tune(run="undisturbed", out="b")
+    assert not undisturbed.resumed
+    assert result.curve == undisturbed.curve
+    assert_close(state, trained(case, "undisturbed"))
