@@ -29,9 +29,9 @@ from svdmerge.engine.runtime import Unit, call, open_runtime
 from svdmerge.progress import Progress, TerminalProgress
 from svdmerge.recipe import Recipe, parse_recipe
 from svdmerge.report.run_report import RunReport
-from svdmerge.report.tables import size, table
 from svdmerge.storage.checkpoint import open_checkpoint
 from svdmerge.synthetic import perturbed_copy
+from svdmerge.tables import size, table
 from svdmerge.workflow import Run
 
 U = TypeVar("U", bound=Unit)

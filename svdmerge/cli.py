@@ -48,7 +48,7 @@ def demo(
 
     def work() -> None:
         from svdmerge.demo import run_demo
-        from svdmerge.report.tables import demo_tables
+        from svdmerge.tables import demo_tables
 
         result = run_demo(out, address=address, progress=_progress())
         _show(
@@ -72,7 +72,7 @@ def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) ->
         found = estimate(make_plan(load_recipe(recipe)))
 
         def tables() -> list[Any]:
-            from svdmerge.report.tables import plan_tables
+            from svdmerge.tables import plan_tables
 
             return plan_tables(found)
 
@@ -134,7 +134,7 @@ def whatif(
         from svdmerge.engine.plan import make_plan
         from svdmerge.engine.whatif import whatif as outcomes_of
         from svdmerge.recipe import load_recipe, parse_share
-        from svdmerge.report.tables import whatif_table
+        from svdmerge.tables import whatif_table
 
         try:
             budgets = [parse_share(part) for part in k.split(",")]
@@ -155,7 +155,7 @@ def verify(
     """Reload an output and prove what its manifest claims."""
 
     def work() -> None:
-        from svdmerge.report.tables import verify_table
+        from svdmerge.tables import verify_table
         from svdmerge.verify import verify as checks_of
 
         checks = checks_of(out)
@@ -173,8 +173,8 @@ def store_ls(store: StoreUri, as_json: Json = False, verbose: Verbose = False) -
     def work() -> None:
         from dataclasses import asdict
 
-        from svdmerge.report.tables import store_table
         from svdmerge.storage.maintenance import list_sources
+        from svdmerge.tables import store_table
 
         found = list_sources(_folder(store))
         _show(as_json, lambda: [asdict(s) for s in found], lambda: [store_table(found)])
@@ -232,7 +232,7 @@ def _staged(
         loaded = load_recipe(recipe)
         make_plan(loaded)  # faults of headers are told before Ray starts
         from svdmerge.engine.runtime import open_runtime
-        from svdmerge.report.tables import run_tables
+        from svdmerge.tables import run_tables
         from svdmerge.workflow import Run
 
         with open_runtime(address) as runtime:

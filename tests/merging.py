@@ -1,6 +1,8 @@
 """Small merges for tests, what they leave behind, and AXIS once more: dense, in float64."""
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file
 from tiny import tiny_base, tiny_source, write_model
 from torch import Tensor
@@ -46,6 +49,12 @@ class Bench:
             "store": str(self.store),
             "out": str(self.out),
         } | changes
+
+    def write_recipe(self, **changes: Any) -> Path:
+        """The recipe as a file."""
+        path = self.root / "recipe.yml"
+        path.write_text(yaml.safe_dump(self.raw(**changes)))
+        return path
 
     def recipe(self, **changes: Any) -> Recipe:
         return parse_recipe(self.raw(**changes))
@@ -90,6 +99,14 @@ def micro_bench(root: Path, *, num_sources: int = 3) -> Bench:
         micro_model(root / f"source-{i}", seed=i, base=base) for i in range(1, num_sources + 1)
     )
     return Bench(root=root, base=base, sources=sources)
+
+
+def command(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`svdmerge ...` in a process of its own."""
+    program = [sys.executable, "-c", "from svdmerge.cli import main; main()"]
+    return subprocess.run(
+        [*program, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False
+    )
 
 
 # --- what a run leaves ---

@@ -40,7 +40,8 @@ def test_the_recipe_is_valid_and_shows_every_key() -> None:
 
 def test_every_command_shown_exists() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    shown = set(re.findall(r"^svdmerge (\w+)", README, flags=re.MULTILINE))
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    shown = set(re.findall(r"^svdmerge (\w+)", "\n".join(blocks), flags=re.MULTILINE))
     assert shown
     assert shown <= set(commands)
 

@@ -1,1 +1,1 @@
-"""What a run tells people: the model card and tables."""
+"""What a run leaves to read: the model card and the run report."""

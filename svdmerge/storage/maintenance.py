@@ -13,6 +13,8 @@ from svdmerge.storage.shards import decode_spectra, read_blocks
 
 # An object without a commit may belong to a task that is still running; a day is longer than any.
 GRACE_S = 24 * 3600.0
+# Where a run's merged factors lie, with their own commits beside them.
+FACTORS = "/factors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,23 +47,29 @@ def list_sources(store: Folder) -> list[StoredSource]:
 
 
 def verify(store: Folder) -> list[str]:
-    """Faults, one line each: every committed object is read whole and compared."""
+    """Faults, one line each: every committed object, factors of runs too, is read and compared."""
     faults: list[str] = []
-    for path in _commit_paths(store):
+    for path in [*_commit_paths(store), *_factor_commit_paths(store)]:
+        # Factors are named from their run's folder on, components from the store's.
+        root = path.partition(FACTORS)[0] + FACTORS if FACTORS in path else ""
         try:
             commit = Commit.from_json(store.read(path))
-            for entry in objects(commit):
-                if store.stat(entry.path) is None:
-                    raise StoreError(f"{entry.path}: missing")
-                if hashlib.sha256(store.read(entry.path)).hexdigest() != entry.sha256:
-                    raise StoreError(f"{entry.path}: its content changed")
-            if commit.spectrum is not None:
-                decode_spectra(store.read(commit.spectrum.path))
-            for _ in read_blocks(store, commit.shard.path, commit.blocks):
-                pass
+            _check_objects(store.child(root) if root else store, commit)
         except StoreError as error:
             faults.append(f"{path}: {error.args[0]}")
     return faults
+
+
+def _check_objects(folder: Folder, commit: Commit) -> None:
+    for entry in objects(commit):
+        if folder.stat(entry.path) is None:
+            raise StoreError(f"{entry.path}: missing")
+        if hashlib.sha256(folder.read(entry.path)).hexdigest() != entry.sha256:
+            raise StoreError(f"{entry.path}: its content changed")
+    if commit.spectrum is not None:
+        decode_spectra(folder.read(commit.spectrum.path))
+    for _ in read_blocks(folder, commit.shard.path, commit.blocks):
+        pass
 
 
 def collect_garbage(store: Folder, *, grace_s: float = GRACE_S) -> list[str]:
@@ -79,6 +87,10 @@ def collect_garbage(store: Folder, *, grace_s: float = GRACE_S) -> list[str]:
 
 def _commit_paths(store: Folder) -> list[str]:
     return [path for path in store.find("commits") if path.endswith(".json")]
+
+
+def _factor_commit_paths(store: Folder) -> list[str]:
+    return [p for p in store.find("runs") if FACTORS in p and p.endswith(".json")]
 
 
 def _commits(store: Folder) -> Iterator[tuple[str, Commit]]:

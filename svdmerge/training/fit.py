@@ -1,11 +1,15 @@
 """Where training runs: in this process, or in Ray Train's workers."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from svdmerge.errors import TrainingError
+from svdmerge.recipe import TuneConfig
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.checkpointing import (
     FolderCheckpoints,
@@ -62,7 +66,7 @@ def _fit_on_ray(job: Job) -> State:
     workers = job.config.num_workers
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "search_path": backbone_path(job.config)},
         scaling_config=ray_train.ScalingConfig(
             num_workers=workers,
             use_gpu=job.config.use_gpu,
@@ -79,7 +83,10 @@ def _fit_on_ray(job: Job) -> State:
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    checkpoint = _fitted(trainer).checkpoint
+    fitted = _fitted(trainer)
+    if fitted.return_value is not None:
+        raise TrainingError(*fitted.return_value)
+    checkpoint = fitted.checkpoint
     if checkpoint is None:
         raise TrainingError(
             "tuning: the workers ended without a checkpoint", "", "See the workers' logs."
@@ -106,10 +113,17 @@ def _fitted(trainer: Any) -> Any:
         ) from error
 
 
-def _worker(settings: dict[str, Any]) -> None:
-    """One training process: all places come in the job; state leaves by checkpoints alone."""
+def _worker(settings: dict[str, Any]) -> tuple[str, ...] | None:
+    """One training process: places come in the job, state leaves by checkpoints alone.
+
+    Returned is an error of the training itself: the loss is a sum over all workers, so each of them
+    meets it, and restarting them, as Ray does after an exception, would only repeat it.
+    """
     from ray import train as ray_train
     from ray.train.torch import get_device
+
+    if settings["search_path"] not in sys.path:
+        sys.path.append(settings["search_path"])
 
     job: Job = settings["job"]
     # A worker process keeps whatever number of threads it was last set to.
@@ -120,7 +134,24 @@ def _worker(settings: dict[str, Any]) -> None:
     context = ray_train.get_context()
     group = Group(rank=context.get_world_rank(), world=context.get_world_size())
     loop = Loop(trainee, examples=examples, config=job.config, group=group)
-    train(loop, config=job.config, checkpoints=RayCheckpoints(), on_epoch=lambda _: None)
+    try:
+        train(loop, config=job.config, checkpoints=RayCheckpoints(), on_epoch=lambda _: None)
+    except TrainingError as error:
+        return error.args
+    return None
+
+
+def backbone_path(config: TuneConfig) -> str:
+    """The folder that the backbone's package was imported from here.
+
+    Workers on this machine do not inherit all of this process's search path; elsewhere the package
+    comes with the cluster's environment, and a path that is not there does no harm.
+    """
+    found = importlib.util.find_spec(config.model.partition(":")[0].partition(".")[0])
+    if found is None or found.origin is None:
+        return ""
+    place = Path(found.origin).parent
+    return str(place.parent if found.submodule_search_locations else place)
 
 
 def _cpus(threads: int, *, workers: int) -> float:

@@ -13,6 +13,8 @@ from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import copy_side_files
 
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", ".model", ".tiktoken")
+
 
 def tokenise(
     texts: Sequence[str], *, base: Checkpoint, max_length: int
@@ -40,6 +42,9 @@ def load_tokenizer(base: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        # Without these, transformers makes an empty tokenizer from config.json, and no error.
+        if not any(name.endswith(VOCABULARIES) for name in base.folder.names()):
+            raise OSError("none of its files is a vocabulary")
         with _local_copy(base) as path:
             return AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False

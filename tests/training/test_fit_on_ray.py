@@ -3,7 +3,6 @@
 Real: Ray, its workers, gloo, SIGKILL, checkpoints on disk. Made up: the model and the data.
 """
 
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,9 @@ from svdmerge.training.checkpointing import State, load_file
 
 
 @pytest.fixture(autouse=True)
-def quick_ray_train(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+def quick_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses noticed at once; they are looked for every two seconds by default."""
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    yield
 
 
 def trained(case: Case, run: str) -> State:
@@ -51,7 +49,7 @@ def test_two_workers_train_the_numbers_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_killed_worker_resumes_from_its_checkpoint(tmp_path: Path) -> None:
-    marker = tmp_path / "killed"
+    marker = tmp_path / "marker"
     # One step while the layers are probed, then five an epoch: dies within the third epoch.
     case = make_case(
         tmp_path, config={"kill_marker": str(marker), "kill_at_step": 13, "pause_s": 3.0}

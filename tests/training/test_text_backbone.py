@@ -51,7 +51,8 @@ def folder(tmp_path: Path) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     fast.save_pretrained(tmp_path / "base")
     texts = [f"{'the ' * (i % 4)}very {('bad', 'good')[i % 2]} film" for i in range(24)]
-    table = pa.table({"text": texts, "label": [i % 2 for i in range(24)]})
+    # Every fifth label is wrong: were all told by the word, no gradient would be left to train on.
+    table = pa.table({"text": texts, "label": [(i + (i % 5 == 0)) % 2 for i in range(24)]})
     pq.write_table(table, tmp_path / "examples.parquet")
     return tmp_path
 
