@@ -129,7 +129,9 @@ def _merged_as_claimed(plan: Plan, out: Folder) -> str:
         expected = merged_tensor(tensor, factors=factors)
         distance = torch.linalg.vector_norm(merged.tensors[tensor.base.name].read() - expected)
         size = max(float(torch.linalg.vector_norm(expected)), torch.finfo(torch.float32).tiny)
-        worst = max(worst, float(distance) / size)
-        if float(distance) / size > CAST_TOLERANCE[tensor.dtype]:
-            raise OutputError(f"{tensor.base.name} is off by {float(distance) / size:.1e}")
+        off = float(distance) / size
+        # Not >, which a NaN would pass.
+        if not off <= CAST_TOLERANCE[tensor.dtype]:
+            raise OutputError(f"{tensor.base.name} is off by {off:.1e}")
+        worst = max(worst, off)
     return f"largest relative difference {worst:.1e}"

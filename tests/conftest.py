@@ -1,5 +1,6 @@
 """What all tests share: checked shapes, one Ray, an S3 in this process, quiet Hypothesis."""
 
+import logging
 import os
 import sys
 from collections.abc import Generator
@@ -40,6 +41,7 @@ def s3_server() -> Generator[str]:
     """An S3 in this process: its address. Processes started after it find it too."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

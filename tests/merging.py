@@ -218,17 +218,19 @@ def dense_axis(
 def _top_sum(
     deltas: Sequence[np.ndarray], source_weights: Sequence[float], *, k: float | int, salience: str
 ) -> np.ndarray:
-    pool: list[tuple[float, np.ndarray]] = []
-    for delta, weight in zip(deltas, source_weights, strict=True):
-        u, s, vh = np.linalg.svd(delta, full_matrices=False)
+    pool: list[tuple[float, int, int]] = []
+    svds: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for number, (delta, weight) in enumerate(zip(deltas, source_weights, strict=True)):
+        svds.append(np.linalg.svd(delta, full_matrices=False))
         norm = float(np.linalg.norm(delta)) if salience == "relative" else 1.0
-        pool += [
-            (weight * s[i] / norm if norm else 0.0, weight * s[i] * np.outer(u[:, i], vh[i]))
-            for i in range(len(s))
-        ]
+        s = svds[-1][1]
+        pool += [(weight * s[i] / norm if norm else 0.0, number, i) for i in range(len(s))]
     pool.sort(key=lambda item: -item[0])
-    kept = pool[: num_kept(k, min(deltas[0].shape))]
-    return np.sum([component for _, component in kept], axis=0)
+    merged = np.zeros_like(deltas[0])
+    for _, number, i in pool[: num_kept(k, min(deltas[0].shape))]:
+        u, s, vh = svds[number]
+        merged += source_weights[number] * s[i] * np.outer(u[:, i], vh[i])
+    return merged
 
 
 def output_deltas(out: Path, base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

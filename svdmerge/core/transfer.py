@@ -72,17 +72,8 @@ def ridge(
 
     Reference: Allen 1974 (PRESS); Golub, Heath, Wahba 1979, section 2 (ridge by the SVD).
     """
-    if features.shape[0] < 2:
-        raise TrainingError(
-            f"{features.shape[0]} training examples",
-            "Leave-one-out needs at least two.",
-            "Give more examples.",
-        )
+    _check(features)
     x = features.to(torch.float64)
-    if not bool(torch.isfinite(x).all()):
-        raise TrainingError(
-            "the features hold NaN or Inf", "The model overflowed on some example.", "Check it."
-        )
     one_hot = torch.nn.functional.one_hot(labels.long(), num_classes).to(torch.float64)
     spectrum = _decompose(x, targets=one_hot - one_hot.mean(dim=0))
     unit = float((spectrum.s**2).mean()) if len(spectrum.s) else 1.0
@@ -102,6 +93,19 @@ def ridge(
         left_out=one_hot - residuals,
         loo_error=residuals.square().mean(dim=1),
     )
+
+
+def _check(features: Float[Tensor, "b d"]) -> None:
+    if features.shape[0] < 2:
+        raise TrainingError(
+            f"{features.shape[0]} training examples",
+            "Leave-one-out needs at least two.",
+            "Give more examples.",
+        )
+    if not bool(torch.isfinite(features).all()):
+        raise TrainingError(
+            "the features hold NaN or Inf", "The model overflowed on some example.", "Check it."
+        )
 
 
 def _decompose(x: Float[Tensor, "b d"], *, targets: Float[Tensor, "b y"]) -> _Spectrum:

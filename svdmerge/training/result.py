@@ -19,7 +19,10 @@ class Row:
     seconds: float
     """Features, head and training; of a cached part, what it took when it was computed."""
     loo_error: float | None
-    """Mean squared leave-one-out error of the ridge head on the training examples."""
+    """Mean squared leave-one-out error of the ridge head on the training examples.
+
+    Of a tuned model it is too good: its features were trained on the very examples left out.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

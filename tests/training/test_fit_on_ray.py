@@ -1,4 +1,4 @@
-"""Training under Ray Train: the numbers of one process, and a killed worker that resumes.
+"""Training under Ray Train: the numbers of one process, although a worker is killed.
 
 Real: Ray, its workers, gloo, SIGKILL, checkpoints on disk. Made up: the model and the data.
 """
@@ -34,33 +34,26 @@ def assert_close(a: State, b: State) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_two_workers_train_the_numbers_of_one_process(tmp_path: Path) -> None:
-    case = make_case(tmp_path)
-    # 36 examples in batches of 8: the last batch is of 4, so workers' parts differ in size too.
-    config = case.config(num_workers=2, batch_size=8, checkpoint_every=2)
-    alone = case.tune(config, run="alone", out="a")
-    together = case.tune(config, run="together", out="b", use_ray=True)
-    assert_close(trained(case, "alone"), trained(case, "together"))
-    assert [r.accuracy for r in together.rows] == pytest.approx(
-        [r.accuracy for r in alone.rows], abs=0.012
-    )
-    assert not together.resumed
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_a_killed_worker_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+def test_two_workers_of_which_one_is_killed_end_with_the_numbers_of_one_process(
+    tmp_path: Path,
+) -> None:
     marker = tmp_path / "marker"
     # One step while the layers are probed, then five an epoch: dies within the third epoch.
     case = make_case(
         tmp_path, config={"kill_marker": str(marker), "kill_at_step": 13, "pause_s": 3.0}
     )
-    result = case.tune(run="killed", use_ray=True)
+    # 36 examples in batches of 8: the last one is of 4, so the workers' parts differ in size too.
+    config = case.config(num_workers=2)
+    result = case.tune(config, run="together", out="a", use_ray=True)
     assert marker.exists()
-    assert result.resumed
-    state = trained(case, "killed")
+    state = trained(case, "together")
     assert state["resumes"] == 1
+    assert result.resumed
     assert len(result.curve) == state["epoch"] == 4
-    undisturbed = case.tune(run="undisturbed", out="b")
-    assert not undisturbed.resumed
-    assert result.curve == undisturbed.curve
-    assert_close(state, trained(case, "undisturbed"))
+    alone = case.tune(config, run="alone", out="b")
+    assert not alone.resumed
+    assert_close(state, trained(case, "alone"))
+    # One example of 90 may fall on the other side by rounding.
+    assert [r.accuracy for r in result.rows] == pytest.approx(
+        [r.accuracy for r in alone.rows], abs=0.012
+    )

@@ -1,0 +1,240 @@
+import pytest
+import torch
+from spectra import SHAPES, SPECTRA, Planted, planted
+from torch import Tensor
+
+from svdmerge.core import svd
+from svdmerge.core.components import RankOneComponents
+from svdmerge.core.svd import exact, seed_of, truncated
+
+EPS = torch.finfo(torch.float64).eps
+
+cases = pytest.mark.parametrize(
+    ("kind", "m", "n"), [(kind, m, n) for kind in SPECTRA for m, n in SHAPES]
+)
+
+
+def case(kind: str, m: int, n: int) -> Planted:
+    return planted(SPECTRA[kind](min(m, n)), m=m, n=n, seed=m + n)
+
+
+def rounding(p: Planted) -> float:
+    """What float64 may be off by, in a value or a norm, for a matrix of this size and scale."""
+    return 8 * EPS * max(p.matrix.shape) * float(p.s[0])
+
+
+def off_orthonormal(columns: Tensor) -> float:
+    identity = torch.eye(columns.shape[1], dtype=columns.dtype)
+    return float((columns.T @ columns - identity).abs().max())
+
+
+def assert_signs_are_fixed(c: RankOneComponents) -> None:
+    top = c.u.gather(0, c.u.abs().argmax(dim=0, keepdim=True))
+    assert bool((top >= 0).all())
+
+
+# --- exact ---
+
+
+@cases
+def test_exact_finds_the_planted_values_and_rebuilds_the_matrix(kind: str, m: int, n: int) -> None:
+    p = case(kind, m, n)
+    c = exact(p.matrix)
+    assert len(c) == min(m, n)
+    assert torch.all((c.s - p.s).abs() <= rounding(p))
+    assert torch.linalg.matrix_norm(c.dense() - p.matrix) <= 4 * rounding(p)
+
+
+@cases
+def test_exact_gives_torchs_values_in_descending_order(kind: str, m: int, n: int) -> None:
+    p = case(kind, m, n)
+    c = exact(p.matrix)
+    assert torch.all((c.s - torch.linalg.svdvals(p.matrix)).abs() <= rounding(p))
+    assert torch.all(c.s[:-1] >= c.s[1:])
+    assert torch.all(c.s >= 0)
+
+
+@cases
+def test_exact_vectors_are_orthonormal_with_fixed_signs(kind: str, m: int, n: int) -> None:
+    c = exact(case(kind, m, n).matrix)
+    assert off_orthonormal(c.u) <= 100 * EPS * max(m, n)
+    assert off_orthonormal(c.vh.T) <= 100 * EPS * max(m, n)
+    assert_signs_are_fixed(c)
+
+
+@pytest.mark.parametrize("kind", ["power-law", "ill-conditioned"])
+def test_exact_finds_the_planted_vectors_where_values_stand_apart(kind: str) -> None:
+    p = case(kind, 40, 30)
+    c = exact(p.matrix)
+    for i in range(10):
+        gap = float(min(p.s[i] - p.s[i + 1], p.s[i - 1] - p.s[i] if i else p.s[0]))
+        # Wedin: a direction turns by at most the perturbation over the gap.
+        turn = rounding(p) / gap
+        assert abs(float(c.u[:, i] @ p.u[:, i])) >= 1 - turn**2 - 4 * EPS
+        assert abs(float(c.vh[i] @ p.vh[i])) >= 1 - turn**2 - 4 * EPS
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("low-rank", 5), ("rank-deficient", 28), ("zero", 0)])
+def test_values_that_are_rounding_alone_are_exactly_zero(kind: str, rank: int) -> None:
+    c = exact(case(kind, 40, 30).matrix)
+    assert int((c.s > 0).sum()) == rank
+    assert torch.equal(c.s[rank:], torch.zeros(30 - rank, dtype=torch.float64))
+
+
+def test_a_small_value_that_is_not_rounding_is_kept() -> None:
+    c = exact(case("ill-conditioned", 40, 30).matrix)
+    assert float(c.s[-1]) == pytest.approx(1e-8, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_is_widened_before_it_is_decomposed(dtype: torch.dtype) -> None:
+    matrix = case("power-law", 20, 12).matrix.to(dtype)
+    c = exact(matrix)
+    assert c.u.dtype == c.s.dtype == c.vh.dtype == torch.float64
+    assert torch.allclose(c.dense(), matrix.double(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+def test_an_empty_matrix_has_no_components(shape: tuple[int, int]) -> None:
+    assert len(exact(torch.zeros(shape))) == 0
+
+
+def test_a_matrix_and_its_negative_share_u_and_differ_in_the_sign_of_vh() -> None:
+    p = case("power-law", 20, 12)
+    one, other = exact(p.matrix), exact(-p.matrix)
+    assert torch.allclose(one.u, other.u, rtol=0, atol=1e-12)
+    assert torch.allclose(one.vh, -other.vh, rtol=0, atol=1e-12)
+
+
+def test_exact_gives_the_same_bits_every_time() -> None:
+    matrix = case("repeated", 40, 30).matrix
+    one, other = exact(matrix), exact(matrix.clone())
+    assert torch.equal(one.u, other.u)
+    assert torch.equal(one.s, other.s)
+    assert torch.equal(one.vh, other.vh)
+
+
+# --- truncated ---
+
+
+@cases
+def test_truncated_rebuilds_the_matrix_nearly_as_well_as_any_of_its_rank_can(
+    kind: str, m: int, n: int
+) -> None:
+    p = case(kind, m, n)
+    depth = min(6, min(m, n))
+    c = truncated(p.matrix, depth=depth, seed=1)
+    assert len(c) == depth
+    remainder = float(torch.linalg.matrix_norm(p.matrix - c.dense(), ord=2))
+    best = float(p.s[depth]) if depth < len(p.s) else 0.0
+    assert remainder <= 1.001 * best + 4 * rounding(p)
+
+
+@cases
+def test_truncated_values_are_the_leading_ones_and_never_above_them(
+    kind: str, m: int, n: int
+) -> None:
+    p = case(kind, m, n)
+    depth = min(6, min(m, n))
+    c = truncated(p.matrix, depth=depth, seed=1)
+    # Halko et al. 4.5: four passes over a spectrum that halves within the oversampling.
+    assert torch.all((c.s - p.s[:depth]).abs() <= 1e-5 * p.s[:depth] + rounding(p))
+    # Values of a projection never exceed the matrix's.
+    assert torch.all(c.s <= p.s[:depth] + rounding(p))
+    assert torch.all(c.s[:-1] >= c.s[1:])
+
+
+@cases
+def test_truncated_vectors_are_orthonormal_with_fixed_signs(kind: str, m: int, n: int) -> None:
+    c = truncated(case(kind, m, n).matrix, depth=min(6, m, n), seed=1)
+    assert off_orthonormal(c.u) <= 100 * EPS * max(m, n)
+    assert off_orthonormal(c.vh.T) <= 100 * EPS * max(m, n)
+    assert_signs_are_fixed(c)
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "rank-deficient", "ill-conditioned"])
+def test_truncated_equals_exact_where_the_spectrum_falls_fast(kind: str) -> None:
+    p = case(kind, 40, 30)
+    full, part = exact(p.matrix).slice(0, 5), truncated(p.matrix, depth=5, seed=3)
+    assert torch.all((part.s - full.s).abs() <= rounding(p))
+    assert torch.linalg.matrix_norm(part.dense() - full.dense()) <= 1e-9 * float(p.s[0])
+
+
+def worst_value_error(p: Planted, *, depth: int) -> float:
+    c = truncated(p.matrix, depth=depth, seed=7)
+    return float(((p.s[:depth] - c.s) / p.s[:depth]).max())
+
+
+def test_the_passes_earn_their_cost_on_a_slow_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = planted(torch.arange(1, 201, dtype=torch.float64) ** -0.5, m=300, n=200)
+    assert worst_value_error(p, depth=10) < 0.01
+    monkeypatch.setattr(svd, "PASSES", 0)
+    assert worst_value_error(p, depth=10) > 0.25
+
+
+def test_the_extra_columns_earn_their_cost_on_a_slow_spectrum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p = planted(torch.arange(1, 201, dtype=torch.float64) ** -0.5, m=300, n=200)
+    with_extra = worst_value_error(p, depth=10)
+    monkeypatch.setattr(svd, "OVERSAMPLE", 0)
+    assert worst_value_error(p, depth=10) > 5 * with_extra
+
+
+def test_orthonormalising_each_pass_keeps_values_far_below_the_first() -> None:
+    # Nine products with a condition of 1e7 would square small directions out of float64.
+    s = torch.cat([torch.tensor([1.0]), torch.full((4,), 1e-7, dtype=torch.float64)])
+    p = planted(s, m=50, n=40)
+    c = truncated(p.matrix, depth=5, seed=0)
+    assert torch.all((c.s - p.s[:5]).abs() <= rounding(p))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_the_same_values() -> None:
+    p = case("power-law", 40, 30)
+    one, same, other = (truncated(p.matrix, depth=6, seed=s) for s in (5, 5, 6))
+    assert torch.equal(one.u, same.u)
+    assert torch.equal(one.vh, same.vh)
+    assert torch.equal(one.s, same.s)
+    assert torch.all((one.s - other.s).abs() <= 1e-5 * p.s[:6])
+
+
+def test_the_sketch_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    truncated(case("power-law", 40, 30).matrix, depth=4, seed=5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("depth", [30, 31, 1000])
+def test_more_depth_than_there_is_gives_all_there_is(depth: int) -> None:
+    p = case("power-law", 40, 30)
+    c = truncated(p.matrix, depth=depth, seed=0)
+    assert len(c) == 30
+    assert torch.all((c.s - p.s).abs() <= rounding(p))
+
+
+# --- seeds ---
+
+
+def test_a_seed_depends_on_name_shape_and_block_and_on_nothing_else() -> None:
+    of = {
+        seed_of(name, m=m, n=n, block=block)
+        for name in ("a", "b", "a\0", "")
+        for m, n in ((2, 3), (3, 2), (23, 1), (2, 31))
+        for block in (0, 1, 10)
+    }
+    assert len(of) == 4 * 4 * 3
+    assert seed_of("a", m=2, n=3, block=0) == seed_of("a", m=2, n=3, block=0)
+
+
+def test_a_seed_fits_the_generator() -> None:
+    for block in range(200):
+        seed = seed_of("encoder.weight", m=768, n=3072, block=block)
+        assert 0 <= seed < 2**63
+        torch.Generator().manual_seed(seed)
+
+
+def test_seeds_stay_the_same_from_release_to_release() -> None:
+    # Stored blocks were drawn with it: a change here is a new version of the store's schema.
+    assert seed_of("encoder.weight", m=768, n=3072, block=1) == 1238995489016112317

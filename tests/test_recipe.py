@@ -1,0 +1,331 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svdmerge.core.params import Policy
+from svdmerge.errors import RecipeError
+from svdmerge.recipe import Recipe, load_recipe, parse_bytes, parse_recipe
+
+LEAST: dict[str, Any] = {"base_model": "base", "models": ["one", "two"]}
+TUNE = {"train": "train.parquet", "test": "test.parquet"}
+
+
+def refusal(raw: dict[str, Any]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(raw)
+    return str(caught.value)
+
+
+def with_k(k: object) -> dict[str, Any]:
+    return LEAST | {"parameters": {"k": k}}
+
+
+# --- unknown keys ---
+
+
+@pytest.mark.parametrize(
+    ("raw", "place", "near"),
+    [
+        ({"basemodel": "b"}, "basemodel", "base_model"),
+        ({"merge_metod": "axis"}, "merge_metod", "merge_method"),
+        ({"parameters": {"salence": "sigma"}}, "parameters.salence", "salience"),
+        ({"resources": {"treads": 1}}, "resources.treads", "threads"),
+        ({"models": [{"model": "a", "wieght": 1}]}, "models.0.wieght", "weight"),
+        (
+            {"policies": [{"match": "*", "policy": "base", "polcy": 1}]},
+            "policies.0.polcy",
+            "policy",
+        ),
+        ({"tune": TUNE | {"epoch": 3}}, "tune.epoch", "epochs"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_place_and_the_nearest_known_one(
+    raw: dict[str, Any], place: str, near: str
+) -> None:
+    text = refusal(LEAST | raw)
+    assert f"{place}: unknown key" in text
+    assert f"`{near}`" in text
+
+
+def test_an_unknown_key_without_a_near_one_is_refused_with_the_known_ones() -> None:
+    text = refusal(LEAST | {"parameters": {"zzzzzz": 1}})
+    assert "parameters.zzzzzz: unknown key" in text
+    assert all(key in text for key in ("k", "salience", "scope", "scale"))
+
+
+def test_every_fault_is_told_at_once() -> None:
+    text = refusal(LEAST | {"merge_method": "magic", "oout": "x", "parameters": {"scale": 0}})
+    assert all(place in text for place in ("merge_method", "oout", "parameters.scale"))
+
+
+# --- the budget ---
+
+
+@pytest.mark.parametrize(
+    ("given_k", "expected"),
+    [
+        ("10%", 0.1),
+        ("100%", 1.0),
+        (" 12.5 % ", 0.125),
+        ("0.1", 0.1),
+        (0.25, 0.25),
+        (1.0, 1.0),
+        (1, 1),
+        (38, 38),
+        ("38", 38),
+    ],
+)
+def test_a_share_is_a_float_and_a_count_an_integer(given_k: object, expected: float) -> None:
+    k = parse_recipe(with_k(given_k)).parameters.k
+    assert k == pytest.approx(expected, rel=1e-15)
+    assert type(k) is type(expected)
+
+
+NO_BUDGETS: list[object] = [0, 0.0, "0", "0%", -1, -0.1, "-5%", 1.5, "101%", "150 %"]
+NO_BUDGETS += ["abc", "", "%", "ten", "1_0", "nan", "inf%", True, False, None, [], {}]
+NO_BUDGETS += [float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("k", NO_BUDGETS)
+def test_a_budget_that_is_no_share_and_no_count_is_refused_by_name(k: object) -> None:
+    assert "parameters.k" in refusal(with_k(k))
+
+
+@given(st.floats(min_value=0.01, max_value=100))
+def test_percent_and_share_are_the_same_budget(percent: float) -> None:
+    one = parse_recipe(with_k(f"{percent:.17f}%"))
+    other = parse_recipe(with_k(percent / 100))
+    assert one.parameters.k == pytest.approx(other.parameters.k, rel=1e-12)
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2GiB", 2 << 30),
+        ("500MB", 500_000_000),
+        ("1.5KiB", 1536),
+        ("4TiB", 4 << 40),
+        ("1TB", 10**12),
+        (" 7 KB ", 7000),
+        ("12B", 12),
+        ("12", 12),
+        (12, 12),
+    ],
+)
+def test_a_size_is_bytes(text: object, expected: int) -> None:
+    assert parse_bytes(text) == expected
+    recipe = parse_recipe(LEAST | {"resources": {"memory": text}})
+    assert recipe.resources.memory == expected
+
+
+@pytest.mark.parametrize("size", [0, -1, "0GiB", "-2GiB", "2Gi", "GiB", "2 gigs", "1..5GiB", ""])
+def test_a_size_that_is_none_is_refused_by_name(size: object) -> None:
+    assert "resources.memory" in refusal(LEAST | {"resources": {"memory": size}})
+    assert "max_shard_size" in refusal(LEAST | {"max_shard_size": size})
+
+
+# --- models ---
+
+
+def test_a_model_may_be_a_name_or_a_mapping() -> None:
+    recipe = parse_recipe(LEAST | {"models": ["one", {"model": "two", "weight": 0.5}]})
+    assert [(m.model, m.weight) for m in recipe.models] == [("one", 1.0), ("two", 0.5)]
+
+
+@pytest.mark.parametrize("weight", [0, -1, 0.0, float("nan"), float("inf"), "heavy"])
+def test_a_weight_that_is_not_above_zero_and_finite_is_refused(weight: object) -> None:
+    text = refusal(LEAST | {"models": [{"model": "one", "weight": weight}]})
+    assert "models.0.weight" in text
+
+
+@pytest.mark.parametrize("models", [[], "one", None, [""], [3], [{"weight": 1.0}], [["one"]]])
+def test_models_that_name_none_are_refused(models: object) -> None:
+    assert "models" in refusal(LEAST | {"models": models})
+
+
+@pytest.mark.parametrize("missing", ["base_model", "models"])
+def test_what_has_no_default_is_asked_for(missing: str) -> None:
+    assert missing in refusal({key: value for key, value in LEAST.items() if key != missing})
+
+
+# --- policies and the rest ---
+
+
+def test_policies_keep_their_order() -> None:
+    rules = [{"match": "a.*", "policy": "base"}, {"match": "*", "policy": "error"}]
+    recipe = parse_recipe(LEAST | {"policies": rules})
+    assert recipe.rules == (
+        Policy(match="a.*", policy="base"),
+        Policy(match="*", policy="error"),
+    )
+
+
+@pytest.mark.parametrize("policy", ["keep", "", None, "equal"])
+def test_an_unknown_policy_is_refused(policy: object) -> None:
+    text = refusal(LEAST | {"policies": [{"match": "*", "policy": policy}]})
+    assert "policies.0.policy" in text
+
+
+@pytest.mark.parametrize("scale", [0, -0.5, float("inf"), float("nan")])
+def test_a_scale_that_is_not_above_zero_and_finite_is_refused(scale: float) -> None:
+    assert "parameters.scale" in refusal(LEAST | {"parameters": {"scale": scale}})
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
+    recipe = parse_recipe(LEAST)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.out = "elsewhere"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# --- files ---
+
+
+def file_refusal(path: Path) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    return str(caught.value)
+
+
+def test_a_recipe_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text("base_model: b\nmodels:\n  - one\nparameters: {k: 10%}\n")
+    assert load_recipe(path) == parse_recipe(
+        {"base_model": "b", "models": ["one"], "parameters": {"k": 0.1}}
+    )
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "none.yml") in file_refusal(tmp_path / "none.yml")
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    assert str(tmp_path) in file_refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"base_model: [unclosed",
+        b"a: b: c",
+        b"\t- tab",
+        b"\xff\xfe\x00bad",
+        b"!!python/object/apply:os.system ['true']",
+        b"when: 2024-99-99",
+        b"[" * 5000,
+    ],
+    ids=["unclosed", "nested", "tab", "not utf-8", "object", "impossible date", "too deep"],
+)
+def test_what_is_no_yaml_is_refused_with_the_file(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_bytes(data)
+    assert str(path) in file_refusal(path)
+
+
+@pytest.mark.parametrize("text", ["", "- one\n- two", "just words", "42", "null"])
+def test_yaml_that_is_no_mapping_is_refused_with_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(text)
+    assert str(path) in file_refusal(path)
+
+
+def test_a_key_that_is_no_string_is_refused() -> None:
+    assert "1" in refusal(LEAST | {1: 2})  # pyright: ignore[reportOperatorIssue]
+
+
+# --- the whole recipe back and forth ---
+
+
+def recipes() -> st.SearchStrategy[dict[str, Any]]:
+    name = st.text("abc/-@+:. é", min_size=1, max_size=12)
+    weight = st.floats(1e-6, 1e6)
+    model = st.one_of(name, st.fixed_dictionaries({"model": name, "weight": weight}))
+    policy = st.fixed_dictionaries(
+        {"match": name, "policy": st.sampled_from(["base", "average", "decompose", "error"])}
+    )
+    parameters = st.fixed_dictionaries(
+        {},
+        optional={
+            "k": st.one_of(st.integers(1, 10**6), st.floats(1e-6, 1.0)),
+            "salience": st.sampled_from(["sigma", "relative"]),
+            "scale": weight,
+            "svd": st.sampled_from(["exact", "truncated"]),
+        },
+    )
+    return st.fixed_dictionaries(
+        {"base_model": name, "models": st.lists(model, min_size=1, max_size=4)},
+        optional={
+            "parameters": parameters,
+            "policies": st.lists(policy, max_size=3),
+            "store": name,
+            "out": name,
+            "max_shard_size": st.integers(1, 10**13),
+            "resources": st.fixed_dictionaries({"memory": st.integers(1, 10**13)}),
+            "tune": st.just(TUNE),
+        },
+    )
+
+
+@given(recipes())
+def test_a_dumped_recipe_is_the_same_recipe(raw: dict[str, Any]) -> None:
+    import yaml
+
+    recipe = parse_recipe(raw)
+    again = parse_recipe(yaml.safe_load(recipe.dump_yaml()))
+    assert again == recipe
+    assert again.numeric_digest() == recipe.numeric_digest()
+
+
+# --- the digest ---
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"models": ["two", "one"]},
+        {"models": ["three"]},
+        {"base_model": "another"},
+        {"out": "elsewhere"},
+        {"store": "s3://bucket/store"},
+        {"resources": {"memory": "9GiB"}},
+        {"tune": TUNE},
+        {"merge_method": "axis"},
+        {"parameters": {"k": "10%", "scale": 1}},
+    ],
+)
+def test_places_order_and_defaults_do_not_change_the_digest(change: dict[str, Any]) -> None:
+    assert parse_recipe(LEAST | change).numeric_digest() == parse_recipe(LEAST).numeric_digest()
+
+
+def test_everything_that_numbers_depend_on_changes_the_digest() -> None:
+    rule = {"match": "*.gate.*", "policy": "base"}
+    other = {"match": "*.up.*", "policy": "base"}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"parameters": {"k": 0.2}},
+        {"parameters": {"k": 1}},
+        {"parameters": {"k": 1.0}},
+        {"parameters": {"salience": "relative"}},
+        {"parameters": {"scale": 0.5}},
+        {"parameters": {"svd": "truncated"}},
+        {"policies": [rule]},
+        {"policies": [rule, other]},
+        {"policies": [other, rule]},
+        {"merge_method": "average"},
+        {"out_dtype": "bfloat16"},
+        {"resources": {"threads": 2}},
+    ]
+    digests = [parse_recipe(LEAST | change).numeric_digest() for change in changes]
+    assert len(set(digests)) == len(changes)
+
+
+def test_the_digest_is_stable_from_one_process_to_the_next() -> None:
+    # Stored runs are found again by it: changing it on purpose is a change of this line.
+    digest = Recipe(base_model="b", models=("m",)).numeric_digest()  # pyright: ignore[reportArgumentType]
+    assert len(digest) == 64
+    assert digest == parse_recipe({"base_model": "x", "models": ["y"]}).numeric_digest()
