@@ -198,7 +198,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except OSError as error:
         why = error.strerror or str(error)
         raise RecipeError(f"{path}: cannot be read ({why})", "", "Check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid YAML", str(error), "Correct the file.") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: holds {type(raw).__name__}", "A recipe is a mapping of keys.")

@@ -17,7 +17,10 @@ def recompress(parts: RankOneComponents) -> RankOneComponents:
     qu, ru = torch.linalg.qr(c.u)
     qv, rv = torch.linalg.qr(c.vh.T)
     u, s, vh = torch.linalg.svd((ru * c.s) @ rv.T, full_matrices=False)
-    # Directions that rounding alone produced are dropped. Not >=: an all-zero sum has rank 0.
-    floor = s[0] * torch.finfo(s.dtype).eps * max(c.u.shape[0], c.vh.shape[1]) if len(s) else 0.0
+    # Directions that rounding alone produced are dropped: rounding of the largest part, not of the
+    # sum, for parts may cancel. Not >=: an all-zero sum has rank 0.
+    parts_norm = c.s.abs() * c.u.norm(dim=0) * c.vh.norm(dim=1)
+    largest = float(parts_norm.max()) if len(parts_norm) else 0.0
+    floor = largest * torch.finfo(s.dtype).eps * max(c.u.shape[0], c.vh.shape[1])
     rank = int((s > floor).sum())
     return RankOneComponents(u=qu @ u[:, :rank], s=s[:rank], vh=vh[:rank] @ qv.T)

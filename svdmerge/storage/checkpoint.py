@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's own limit on headers.
 MAX_HEADER_BYTES = 100_000_000
+# Of a file's name, on common filesystems.
+MAX_NAME = 255
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1,
@@ -116,7 +118,7 @@ class Checkpoint:
     def vocab_size(self) -> int | None:
         """The configuration's vocabulary size."""
         size = self.config.get("vocab_size")
-        return size if isinstance(size, int) and size > 0 else None
+        return size if type(size) is int and size > 0 else None
 
 
 def open_checkpoint(reference: str) -> Checkpoint:
@@ -197,10 +199,14 @@ def _indexed(folder: Folder) -> list[str]:
         raw = json.loads(folder.read(INDEX))
         weight_map = raw["weight_map"]
         files = {str(v) for v in weight_map.values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        weight_map, files = {}, set[str]()
+    if not files:
         raise CheckpointError(f"{place}: not an index", "Expected a `weight_map` object.") from None
     for file in files:
         path = PurePosixPath(file)
+        if "\0" in file or len(path.name) > MAX_NAME:
+            raise CheckpointError(f"{place}: names {file[:80]!r}, which can be no file")
         if path.is_absolute() or ".." in path.parts or "\\" in file or "://" in file:
             raise CheckpointError(
                 f"{place}: points outside its folder, at {file!r}",
@@ -238,7 +244,7 @@ def _read_header(folder: Folder, file: str) -> tuple[dict[str, TensorRef], str, 
             name: _tensor(folder, file, stat, name, cast(dict[str, Any], entry), length + 8)
             for name, entry in entries.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{place}: malformed header", str(error), "Fetch it again.") from None
     _check_layout(place, tensors, start=length + 8, size=stat.size)
     return tensors, hashlib.sha256(data).hexdigest(), stat
@@ -295,7 +301,7 @@ def _config(folder: Folder) -> Mapping[str, Any]:
         return {}
     try:
         config = json.loads(folder.read("config.json"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder.uri}/config.json: not valid JSON", str(error)) from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder.uri}/config.json: not an object")

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class Folder:
         text = str(uri)
         if "://" not in text:
             text = str(Path(text).expanduser().resolve())
-        return Folder(text.rstrip("/") if text.strip("/") else text)
+        # The root of a filesystem, such as memory://, keeps its slashes.
+        return Folder(text if text.endswith("://") or not text.strip("/") else text.rstrip("/"))
 
     @property
     def fs(self) -> Any:
@@ -124,16 +126,24 @@ class Folder:
 
     def put(self, relative: str, data: bytes) -> None:
         """Write a file whole; an older one is replaced."""
-        with _told(self, relative), self.writing(relative) as out:
-            out.write(data)
+        if self.is_local:
+            with self.writing(relative) as out:
+                out.write(data)
+            return
+        with _told(self, relative):
+            self.fs.pipe_file(self.path(relative), data)
 
     @contextlib.contextmanager
     def writing(self, relative: str) -> Generator[Any]:
         """A file to stream into: it appears when the block ends well, and never if it raises."""
         with _told(self, relative):
             if not self.is_local:
-                with self.fs.transaction, self.fs.open(self.path(relative), "wb") as out:
+                # Uploaded when whole. fsspec's own transactions belong to a filesystem, not to a
+                # file: two streams at once would commit or discard each other's.
+                with tempfile.NamedTemporaryFile(prefix="svdmerge-") as out:
                     yield out
+                    out.flush()
+                    self.fs.put_file(out.name, self.path(relative))
                 return
             target = Path(self.path(relative))
             with _temporary(target) as (out, temporary):
@@ -157,16 +167,22 @@ class Folder:
             except FileExistsError:
                 return False
             except OSError as error:
-                # s3fs tells a failed If-None-Match (HTTP 412) as EINVAL.
-                if error.errno == errno.EINVAL or "PreconditionFailed" in str(error):
+                # s3fs tells a failed If-None-Match (HTTP 412) as EINVAL, and much else besides.
+                if error.errno == errno.EINVAL and self.exists(relative):
                     return False
                 raise
             return True
 
     def remove(self, relative: str = "") -> None:
-        """Delete a file or folder, if it is there."""
-        if self.exists(relative):
-            self.fs.rm(self.path(relative), recursive=True)
+        """Delete a file or folder, if it is there. Names are names: no pattern is expanded."""
+        with _told(self, relative):
+            if self.stat(relative) is not None:
+                self.fs.rm_file(self.path(relative))
+            elif self.is_local:
+                shutil.rmtree(self.path(relative), ignore_errors=True)
+            else:
+                for path in self.find(relative):
+                    self.fs.rm_file(self.path(path))
 
     def probe_writable(self) -> None:
         """Raise StoreError unless a file can be written here."""
@@ -245,8 +261,6 @@ def _told(folder: Folder, relative: str) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileExistsError | FileNotFoundError) and not folder.is_local:
-            raise
         place = f"{folder.uri}/{relative}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(

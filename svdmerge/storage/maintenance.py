@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from svdmerge.errors import StoreError
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.manifest import Commit, objects
+from svdmerge.storage.manifest import Commit, objects, read_commit
 from svdmerge.storage.output import is_partial
 from svdmerge.storage.shards import decode_spectra, read_blocks
 
@@ -53,7 +53,7 @@ def verify(store: Folder) -> list[str]:
         # Factors are named from their run's folder on, components from the store's.
         root = path.partition(FACTORS)[0] + FACTORS if FACTORS in path else ""
         try:
-            commit = Commit.from_json(store.read(path))
+            commit = read_commit(store, path)
             _check_objects(store.child(root) if root else store, commit)
         except StoreError as error:
             faults.append(f"{path}: {error.args[0]}")
@@ -95,4 +95,4 @@ def _factor_commit_paths(store: Folder) -> list[str]:
 
 def _commits(store: Folder) -> Iterator[tuple[str, Commit]]:
     for path in _commit_paths(store):
-        yield path, Commit.from_json(store.read(path))
+        yield path, read_commit(store, path)

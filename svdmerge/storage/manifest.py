@@ -1,5 +1,6 @@
 """Commits: records put once, written last, that say which objects of the store to trust."""
 
+import contextlib
 import hashlib
 import json
 from collections import defaultdict
@@ -59,13 +60,13 @@ class Commit:
         return json.dumps(asdict(self), sort_keys=True, indent=1).encode()
 
     @staticmethod
-    def from_json(data: bytes) -> "Commit":
-        """The record in bytes. Raises: StoreError, if it is not one."""
+    def from_json(data: bytes, *, place: str = "commit") -> "Commit":
+        """The record in bytes, read at a place. Raises: StoreError, if it is not one."""
         try:
             raw: dict[str, Any] = json.loads(data)
             if raw["schema_version"] != schema.VERSION:
                 raise StoreError(
-                    f"a commit has schema version {raw['schema_version']}",
+                    f"{place}: has schema version {raw['schema_version']}",
                     f"This version reads {schema.VERSION}.",
                     "Use a fresh store.",
                 )
@@ -74,8 +75,10 @@ class Commit:
             raw["covered"] = tuple(Covered(**c) for c in raw["covered"])
             raw["blocks"] = tuple(Block(**b) for b in raw["blocks"])
             return Commit(**raw)
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError("a commit record is malformed", str(error)) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StoreError(
+                f"{place}: malformed commit record", str(error), "Delete it and run again."
+            ) from error
 
 
 def put_unit(
@@ -108,8 +111,8 @@ def put_unit(
     )  # fmt: skip
     if store.put_once(commit_path, commit.to_json()):
         return commit
-    earlier = Commit.from_json(store.read(commit_path))
-    lost = [e.path for e in objects(earlier) if not store.exists(e.path)]
+    earlier = read_commit(store, commit_path)
+    lost = [e.path for e in objects(earlier) if not _is_whole(store, e)]
     if lost:
         raise StoreError(
             f"{store.uri}/{commit_path}: names {lost[0]}, which is gone",
@@ -119,19 +122,27 @@ def put_unit(
     return earlier
 
 
+def read_commit(store: Folder, path: str) -> Commit:
+    """The record at a path. Raises: StoreError, if it is not one."""
+    return Commit.from_json(store.read(path), place=f"{store.uri}/{path}")
+
+
 def objects(commit: Commit) -> list[Entry]:
     """The objects a commit names."""
     return [commit.shard] + ([commit.spectrum] if commit.spectrum else [])
 
 
+def _is_whole(store: Folder, entry: Entry) -> bool:
+    stat = store.stat(entry.path)
+    return stat is not None and stat.size == entry.size
+
+
 def _put(store: Folder, prefix: str, suffix: str, data: bytes) -> Entry:
     sha256 = hashlib.sha256(data).hexdigest()
     path = f"{prefix}-{sha256[:16]}{suffix}"
-    entry = Entry(path=path, size=len(data), sha256=sha256)
-    stat = store.stat(path)
-    if stat is None or stat.size != entry.size:
-        store.put(path, data)
-    return entry
+    # Written also where it is: the one there may be damaged, and its name says what it must hold.
+    store.put(path, data)
+    return Entry(path=path, size=len(data), sha256=sha256)
 
 
 class Committed:
@@ -152,7 +163,7 @@ class Committed:
         """Commits below a prefix, less those whose objects are not listed below `data`."""
         sizes = store.find(data)
         paths = [p for p in store.find(commits) if p.endswith(".json")]
-        found = [Commit.from_json(store.read(p)) for p in paths]
+        found = [read_commit(store, p) for p in paths]
         whole = [c for c in found if all(sizes.get(e.path) == e.size for e in objects(c))]
         return Committed(store, whole)
 
@@ -205,12 +216,15 @@ class Committed:
         for commit in self.commits:
             if commit.spectrum is None:
                 continue
-            data = self.store.read(commit.spectrum.path)
+            data = b""
+            with contextlib.suppress(FileNotFoundError):
+                data = self.store.read(commit.spectrum.path)
             if hashlib.sha256(data).hexdigest() != commit.spectrum.sha256:
                 raise StoreError(
                     f"{self.store.uri}/{commit.spectrum.path}: not what its commit says",
                     "The sidecar was damaged or replaced.",
-                    "Delete it and run again.",
+                    f"Delete the commits that `svdmerge store verify {self.store.uri}` names, "
+                    "then run again.",
                 )
             for spectrum in decode_spectra(data):
                 found[spectrum.parameter].append(spectrum)

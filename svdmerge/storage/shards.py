@@ -15,6 +15,9 @@ from svdmerge.storage import schema
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.layout import BLOCK
 
+# An IPC file starts with its magic, padded to eight bytes, and the schema's message.
+_PRELUDE_BYTES = 8 + schema.SHARD.serialize().size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
@@ -28,12 +31,17 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A stored batch: which components it holds, and the sha256 of their numbers."""
+    """A stored batch: which components it holds, where its bytes lie, and their sha256.
+
+    The bytes are an Arrow record batch message: read by range, and parsed only once they are known
+    to be what was written, for a damaged message can crash its parser.
+    """
 
     parameter: str
     first: int
     count: int
-    batch: int
+    offset: int
+    size: int
     sha256: str
 
 
@@ -58,37 +66,44 @@ def encode(rows: Iterable[Rows]) -> tuple[bytes, tuple[Block, ...]]:
         for row in rows:
             for start in range(0, len(row.components), BLOCK):
                 part = row.components.slice(start, start + BLOCK).to(torch.float32)
-                batch = _batch(row, start=row.first + start, part=part)
+                # The magic and the schema are written with the first batch.
+                offset = max(sink.tell(), _PRELUDE_BYTES)
+                writer.write_batch(_batch(row, start=row.first + start, part=part))
+                message = sink.getbuffer()[offset : sink.tell()]
                 blocks.append(
                     Block(
                         parameter=row.parameter,
                         first=row.first + start,
                         count=len(part),
-                        batch=len(blocks),
-                        sha256=_numbers_sha256(batch),
+                        offset=offset,
+                        size=len(message),
+                        sha256=hashlib.sha256(message).hexdigest(),
                     )
                 )
-                writer.write_batch(batch)
+                message.release()  # a file in memory cannot grow while it is looked at
     return sink.getvalue(), tuple(blocks)
 
 
 def read_blocks(
     folder: Folder, path: str, blocks: Sequence[Block]
 ) -> Iterator[tuple[Block, RankOneComponents]]:
-    """The blocks' components, by range reads of just their batches.
+    """The blocks' components, by one range read from the first block to the last.
 
     Raises:
         StoreError: the shard is missing, or a block is not what its commit says.
     """
+    if not blocks:
+        return
+    start = min(b.offset for b in blocks)
     try:
-        with folder.fs.open(folder.path(path), "rb") as file, pa.ipc.open_file(file) as reader:
-            for block in blocks:
-                batch = reader.get_batch(block.batch)
-                if _numbers_sha256(batch) != block.sha256:
-                    raise _damaged(folder, path, block.parameter)
-                yield block, _components(batch)
-    except (FileNotFoundError, pa.ArrowException, OSError) as error:
-        raise _damaged(folder, path, str(error)) from error
+        data = folder.read(path, start=start, stop=max(b.offset + b.size for b in blocks))
+    except FileNotFoundError:
+        raise _damaged(folder, path, "missing") from None
+    for block in blocks:
+        message = data[block.offset - start : block.offset - start + block.size]
+        if hashlib.sha256(message).hexdigest() != block.sha256:
+            raise _damaged(folder, path, block.parameter)
+        yield block, _components(pa.ipc.read_record_batch(pa.py_buffer(message), schema.SHARD))
 
 
 def encode_table(table: pa.Table) -> bytes:
@@ -100,8 +115,11 @@ def encode_table(table: pa.Table) -> bytes:
 
 
 def decode_table(data: bytes) -> pa.Table:
-    """The table in an Arrow IPC file."""
-    return pa.ipc.open_file(pa.BufferReader(data)).read_all()
+    """The table in an Arrow IPC file. Raises: StoreError, if it is none."""
+    try:
+        return pa.ipc.open_file(pa.BufferReader(data)).read_all()
+    except pa.ArrowException as error:
+        raise StoreError("a table of the store is damaged", str(error)) from error
 
 
 def encode_spectra(spectra: Sequence[Spectrum]) -> bytes:
@@ -171,14 +189,6 @@ def _components(batch: pa.RecordBatch) -> RankOneComponents:
     return RankOneComponents(
         u=_matrix(batch, "u").T, s=torch.from_numpy(s.copy()), vh=_matrix(batch, "vh")
     )
-
-
-def _numbers_sha256(batch: pa.RecordBatch) -> str:
-    digest = hashlib.sha256()
-    digest.update(batch.column("s").to_numpy(zero_copy_only=False).tobytes())
-    for column in ("u", "vh"):
-        digest.update(batch.column(column).flatten().to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()
 
 
 def _damaged(folder: Folder, path: str, what: str) -> StoreError:

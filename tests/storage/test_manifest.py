@@ -66,7 +66,7 @@ def put(
                 bound=0.5,
                 first=first,
                 s=c.s.numpy(),
-            )  # fmt: skip
+            )
         )
         covered.append(
             Covered(
@@ -75,7 +75,7 @@ def put(
                 depth=stop,
                 source_sha256=f"source of {parameter}",
                 base_sha256="base",
-            )  # fmt: skip
+            )
         )
     return put_unit(
         store,
@@ -152,7 +152,7 @@ def test_what_is_no_record_is_refused(data: bytes) -> None:
 )
 def test_a_record_with_a_wrong_field_is_refused(store: Folder, changes: dict[str, Any]) -> None:
     data = put(store, ("a", 0, 3)).to_json()
-    with pytest.raises(StoreError, match="malformed"):
+    with pytest.raises(StoreError, match="commit"):
         Commit.from_json(changed(data, **changes))
 
 
@@ -160,7 +160,7 @@ def test_a_record_with_a_wrong_field_is_refused(store: Folder, changes: dict[str
 def test_a_record_that_lacks_a_field_is_refused(store: Folder, field: str) -> None:
     raw = json.loads(put(store, ("a", 0, 3)).to_json())
     del raw[field]
-    with pytest.raises(StoreError, match="malformed"):
+    with pytest.raises(StoreError, match="commit"):
         Commit.from_json(json.dumps(raw).encode())
 
 
@@ -464,7 +464,7 @@ def test_spectra_come_back_by_matrix_and_first_index(store: Folder) -> None:
 
 
 def test_a_commit_of_a_shard_that_is_elsewhere_is_refused_when_read(store: Folder) -> None:
-    block = Block(parameter="a", first=0, count=1, batch=0, sha256="0" * 64)
+    block = Block(parameter="a", first=0, count=1, offset=0, size=1, sha256="0" * 64)
     covered = Covered(parameter="a", first=0, depth=1, source_sha256="", base_sha256="")
     nowhere = Entry(path=f"{DATA}/none.arrow", size=1, sha256="")
     commit = Commit(

@@ -1,5 +1,7 @@
+import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,13 +91,16 @@ def test_components_come_back_bit_by_bit(
 
 
 def test_blocks_are_sixteen_wide_and_numbered_from_the_first() -> None:
-    _, blocks = encode([rows("a", 3, 4, 35), rows("b", 5, 2, 16, first=32)])
-    assert [(b.parameter, b.first, b.count, b.batch) for b in blocks] == [
-        ("a", 0, 16, 0),
-        ("a", 16, 16, 1),
-        ("a", 32, 3, 2),
-        ("b", 32, 16, 3),
+    data, blocks = encode([rows("a", 3, 4, 35), rows("b", 5, 2, 16, first=32)])
+    assert [(b.parameter, b.first, b.count) for b in blocks] == [
+        ("a", 0, 16),
+        ("a", 16, 16),
+        ("a", 32, 3),
+        ("b", 32, 16),
     ]
+    for block, later in itertools.pairwise(blocks):
+        assert 0 < block.offset < block.offset + block.size <= later.offset
+    assert blocks[-1].offset + blocks[-1].size < len(data)
     assert BLOCK == 16
 
 
@@ -173,13 +178,22 @@ def test_a_missing_shard_is_named(folder: Folder) -> None:
         list(read_blocks(folder, "shard.arrow", blocks))
 
 
-@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"batch": 1}, {"batch": 9}])
-def test_a_block_that_is_not_what_its_commit_says_is_refused(
-    folder: Folder, change: dict[str, object]
-) -> None:
+LIES: dict[str, Callable[[Block], Block]] = {
+    "hash": lambda block: replace(block, sha256="0" * 64),
+    "offset": lambda block: replace(block, offset=block.offset + 8),
+    "first byte": lambda block: replace(block, offset=0),
+    "shorter": lambda block: replace(block, size=block.size - 8),
+    "longer": lambda block: replace(block, size=block.size + 8),
+    "empty": lambda block: replace(block, size=0),
+    "beyond the end": lambda block: replace(block, offset=10**9),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_block_that_is_not_what_its_commit_says_is_refused(folder: Folder, lie: str) -> None:
     blocks = stored(folder, rows("a", 3, 4, 2), rows("bb", 3, 4, 2))
     with pytest.raises(StoreError, match=r"shard\.arrow"):
-        list(read_blocks(folder, "shard.arrow", [replace(blocks[0], **change)]))  # pyright: ignore[reportArgumentType]
+        list(read_blocks(folder, "shard.arrow", [LIES[lie](blocks[0])]))
 
 
 def test_a_damaged_number_is_refused_with_shard_and_matrix(folder: Folder) -> None:
@@ -204,12 +218,16 @@ def test_damage_in_one_block_leaves_the_others_readable(folder: Folder) -> None:
     assert same_bits(got, parts[1].components)
 
 
-def test_a_shard_cut_anywhere_is_refused(folder: Folder) -> None:
-    data, blocks = encode([rows("a", 3, 4, 2)])
-    for size in range(0, len(data) - 1, 7):
+def test_a_shard_cut_before_the_end_of_a_block_is_refused(folder: Folder) -> None:
+    data, (block,) = encode([rows("a", 3, 4, 2)])
+    end = block.offset + block.size
+    for size in (*range(0, end, 7), end - 1):
         folder.put("shard.arrow", data[:size])
         with pytest.raises(StoreError, match=r"shard\.arrow"):
-            list(read_blocks(folder, "shard.arrow", blocks))
+            list(read_blocks(folder, "shard.arrow", [block]))
+    folder.put("shard.arrow", data[:end])
+    ((_, got),) = read_blocks(folder, "shard.arrow", [block])
+    assert same_bits(got, rows("a", 3, 4, 2).components)
 
 
 DAMAGE = """
@@ -221,7 +239,7 @@ from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.shards import Rows, encode, read_blocks
 
 torch.manual_seed(0)
-parts = {"a": exact(torch.randn(4, 3)), "b": exact(torch.randn(19, 18))}
+parts = {"a": exact(torch.randn(4, 3))}
 rows = [Rows(parameter=p, kind="svd", first=0, components=c) for p, c in parts.items()]
 data, blocks = encode(rows)
 folder, refused = Folder.at(sys.argv[1]), 0
