@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.table import Table
 
-from svdmerge.engine.estimate import Estimate
-from svdmerge.engine.whatif import Outcome
-from svdmerge.report.run_report import RunReport
-from svdmerge.storage.maintenance import StoredSource
-from svdmerge.verify import Check
+if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
+    from svdmerge.engine.estimate import Estimate
+    from svdmerge.engine.whatif import Outcome
+    from svdmerge.report.run_report import RunReport
+    from svdmerge.storage.maintenance import StoredSource
+    from svdmerge.verify import Check
 
 
 def table(title: str, *, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -32,7 +33,7 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
-def plan_tables(found: Estimate) -> list[Table]:
+def plan_tables(found: "Estimate") -> list[Table]:
     """What happens to every tensor, alike ones together, and the costs."""
     alike: Counter[tuple[str, str, str, str]] = Counter()
     example: dict[tuple[str, str, str, str], str] = {}
@@ -68,7 +69,7 @@ def plan_tables(found: Estimate) -> list[Table]:
     return [tensors, costs, *([ignored] if found.ignored else [])]
 
 
-def run_tables(report: RunReport) -> list[Table]:
+def run_tables(report: "RunReport") -> list[Table]:
     """Stages, what was kept of whom, and the accuracies where a target was tuned."""
     stages = table(
         "Stages",
@@ -124,7 +125,7 @@ def demo_tables(
     ]
 
 
-def whatif_table(outcomes: Sequence[Outcome]) -> Table:
+def whatif_table(outcomes: Sequence["Outcome"]) -> Table:
     """What each budget keeps."""
     sources = list(outcomes[0].kept) if outcomes else []
     rows: list[tuple[object, ...]] = [
@@ -137,7 +138,7 @@ def whatif_table(outcomes: Sequence[Outcome]) -> Table:
     return table("Components kept", columns=("k", *names), rows=rows)
 
 
-def verify_table(checks: Sequence[Check]) -> Table:
+def verify_table(checks: Sequence["Check"]) -> Table:
     """Claims and whether they held."""
     return table(
         "Claims",
@@ -146,7 +147,7 @@ def verify_table(checks: Sequence[Check]) -> Table:
     )
 
 
-def store_table(sources: Sequence[StoredSource]) -> Table:
+def store_table(sources: Sequence["StoredSource"]) -> Table:
     """What a store holds."""
     return table(
         "Sources in the store",

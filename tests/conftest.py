@@ -2,9 +2,7 @@
 
 import logging
 import os
-import sys
 from collections.abc import Generator
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ os.environ |= {
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
 }
-sys.path.insert(0, str(Path(__file__).parent))
 
 # Shapes and types in the core's signatures are executed. Before svdmerge.core is imported.
 install_import_hook("svdmerge.core", "beartype.beartype")

@@ -1,6 +1,7 @@
 """What each tensor of a model is, and what happens to it. Headers only: imports no torch."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -53,7 +54,6 @@ class Policy:
 
 # Parts of a dotted name. Whole words, so that a mixture's `shared_experts` is not T5's `shared`.
 BASE_WORDS = frozenset({"wte", "wpe", "shared", "lm_head"})
-BASE_FRAGMENTS = ("embed", "position")
 
 
 def action_of(
@@ -78,7 +78,11 @@ def action_of(
     if not floating:
         return Action.EQUAL
     words = name.split(".")
-    if any(word in BASE_WORDS or any(f in word for f in BASE_FRAGMENTS) for word in words):
+    # Parts by their beginning, so that `decomposition` is no position.
+    parts = re.split(r"[._]", name.lower())
+    if any(word in BASE_WORDS for word in words) or any(
+        part.startswith("position") or "embed" in part for part in parts
+    ):
         return Action.BASE
     if vocab_size is not None and vocab_size in shape:
         return Action.BASE
@@ -131,7 +135,7 @@ def matrices(name: str, *, shape: Sequence[int], action: Action) -> tuple[Parame
 def budget(k: int | float, *, rank: int) -> int:
     """Components kept of a matrix: an integer clamped to its rank, or floor(share * rank), >= 1.
 
-    1e-9 is added before flooring so that 0.1 * 30 = 2.9999999999999996 is three.
+    1e-9 is added before flooring so that 0.29 * 100 = 28.999999999999996 is 29.
     """
     if isinstance(k, float):
         return max(1, math.floor(k * rank + 1e-9))

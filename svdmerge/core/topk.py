@@ -16,7 +16,7 @@ def top_k(
     """
     # Not >=: the null space of a rank-deficient or untouched matrix must not fill slots.
     live = np.flatnonzero(salience > 0)
-    if len(live) > k:
+    if len(live) > k > 0:
         # Partition first: sorting is then over k candidates and ties at the cut, not over all.
         cut = np.partition(salience[live], len(live) - k)[len(live) - k]
         live = live[salience[live] >= cut]

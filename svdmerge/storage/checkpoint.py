@@ -196,7 +196,7 @@ def _pickle(reference: str) -> CheckpointError:
 def _indexed(folder: Folder) -> list[str]:
     place = f"{folder.uri}/{INDEX}"
     try:
-        raw = json.loads(folder.read(INDEX))
+        raw = json.loads(folder.read(INDEX, start=0, stop=MAX_HEADER_BYTES))
         weight_map = raw["weight_map"]
         files = {str(v) for v in weight_map.values()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

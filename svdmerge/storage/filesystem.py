@@ -266,6 +266,10 @@ def _told(folder: Folder, relative: str) -> Generator[None]:
             raise StoreError(
                 f"{place}: disk full", str(error), "Free space, then run the same command again."
             ) from error
-        raise StoreError(
+        lasting = isinstance(error, PermissionError | FileNotFoundError)
+        # A disk that fails once fails again, and so does a request that is refused as wrong.
+        again = not (folder.is_local or lasting or error.errno == errno.EINVAL)
+        kind = RetryableError if again else StoreError
+        raise kind(
             f"{place}: cannot be written", str(error), "Check the path and its permissions."
         ) from error
