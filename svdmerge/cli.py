@@ -226,15 +226,13 @@ def _staged(
     """Run one stage, or all, of a recipe."""
 
     def work() -> None:
-        from svdmerge.engine.plan import make_plan
+        from svdmerge.engine.runtime import open_runtime
         from svdmerge.recipe import load_recipe
+        from svdmerge.tables import run_tables
+        from svdmerge.workflow import Run, prepare
 
         loaded = load_recipe(recipe)
-        make_plan(loaded)  # faults of headers are told before Ray starts
-        from svdmerge.engine.runtime import open_runtime
-        from svdmerge.tables import run_tables
-        from svdmerge.workflow import Run
-
+        prepare(loaded, address=address)  # its faults are told before Ray starts
         with open_runtime(address) as runtime:
             attempt = Run(loaded, runtime=runtime, progress=_progress())
             stage(attempt)

@@ -42,15 +42,10 @@ class Run:
     """One attempt at a plan: its stages, each resuming from what is stored."""
 
     def __init__(self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT) -> None:
-        self.plan: Plan = make_plan(recipe)
+        self.plan: Plan = prepare(recipe, address=runtime.address)
         self.out = Folder.at(recipe.out)
         self._runtime, self._progress = runtime, progress
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-        check_ours(self.out)
-        _check_shared(self.plan, self.out, address=runtime.address)
-        self.plan.store.probe_writable()
-        # A local output is written beside its place and renamed at the end.
-        (self.out.parent if self.out.is_local else self.out).probe_writable()
         self.report = RunReport(
             plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
         )
@@ -206,9 +201,24 @@ def run(recipe: Recipe, *, address: str = "local", progress: Progress = SILENT) 
     Raises:
         SvdmergeError: whatever is wrong with the recipe, the models, the store or the output.
     """
-    make_plan(recipe)  # faults of headers are told before anything, Ray included, starts
+    prepare(recipe, address=address)  # its faults are told before Ray starts
     with open_runtime(address) as runtime:
         return Run(recipe, runtime=runtime, progress=progress).all()
+
+
+def prepare(recipe: Recipe, *, address: str) -> Plan:
+    """The plan of a recipe whose models, store and output can all be used.
+
+    Raises:
+        SvdmergeError: whatever headers show, and places that cannot be written.
+    """
+    plan, out = make_plan(recipe), Folder.at(recipe.out)
+    check_ours(out)
+    _check_shared(plan, out, address=address)
+    plan.store.probe_writable()
+    # A local output is written beside its place and renamed at the end.
+    (out.parent if out.is_local else out).probe_writable()
+    return plan
 
 
 def _check_shared(plan: Plan, out: Folder, *, address: str) -> None:

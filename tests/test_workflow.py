@@ -31,7 +31,7 @@ from merging import (
 from safetensors.torch import load_file
 
 from svdmerge.engine.runtime import InProcess, open_runtime
-from svdmerge.errors import OutputError, ResourceError, StoreError
+from svdmerge.errors import ContentError, OutputError, ResourceError, StoreError
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import PROVENANCE
 from svdmerge.workflow import Run, run
@@ -610,3 +610,16 @@ def test_the_process_keeps_its_threads(bench: Bench) -> None:
     before = torch.get_num_threads()
     bench.run(resources={"threads": 2})
     assert torch.get_num_threads() == before
+
+
+def test_a_value_that_the_output_dtype_cannot_hold_is_told_and_nothing_is_published(
+    tmp_path: Path,
+) -> None:
+    bench = tiny_bench(tmp_path)
+    for folder in (bench.base, *bench.sources):
+        tensors = tiny.read_model(folder)
+        tensors[tiny.QUERY] = tensors[tiny.QUERY] + 1e6
+        tiny.write_model(folder, tensors)
+    with pytest.raises(ContentError, match=tiny.QUERY):
+        bench.run(out_dtype="float16")
+    assert not bench.out.exists()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from svdmerge.core.components import RankOneComponents, none
-from svdmerge.core.delta import DTYPE
+from svdmerge.core.delta import DTYPE, all_finite
 from svdmerge.core.params import Action, Parameter
-from svdmerge.errors import CheckpointError, StoreError
+from svdmerge.errors import CheckpointError, ContentError, StoreError
 from svdmerge.storage.checkpoint import (
     FLOATING,
     ITEM_BYTES,
@@ -131,10 +131,22 @@ def load_factors(folder: Folder) -> Committed:
 
 
 def output_bytes(tensor: OutputTensor, *, factors: Committed) -> bytes:
-    """A tensor of the output as stored: the base's own bytes where nothing is added or cast."""
+    """A tensor of the output as stored: the base's own bytes where nothing is added or cast.
+
+    Raises:
+        ContentError: a value does not fit the output's dtype.
+    """
     if not tensor.matrices and tensor.dtype == tensor.base.dtype:
         return tensor.base.read_bytes()
-    return encode(merged_tensor(tensor, factors=factors), tensor.dtype)
+    merged = merged_tensor(tensor, factors=factors)
+    cast = merged.to(getattr(torch, TORCH_NAMES[tensor.dtype])).reshape(-1)
+    if not all_finite(cast) and all_finite(merged):
+        raise ContentError(
+            f"{tensor.base.name}: overflows {tensor.dtype}",
+            f"Its largest value is {float(merged.abs().max()):.3g}.",
+            "Use a wider `out_dtype`.",
+        )
+    return cast.view(torch.uint8).numpy().tobytes()
 
 
 def merged_tensor(tensor: OutputTensor, *, factors: Committed) -> torch.Tensor:
@@ -157,12 +169,6 @@ def read_factors(factors: Committed, parameter: Parameter) -> RankOneComponents:
             )
         return none(parameter.m, parameter.n)
     return factors.read(parameter.id, range(depth)).to(DTYPE)
-
-
-def encode(tensor: torch.Tensor, dtype: str) -> bytes:
-    """A tensor's bytes in a safetensors dtype."""
-    cast = tensor.to(getattr(torch, TORCH_NAMES[dtype])).contiguous().reshape(-1)
-    return cast.view(torch.uint8).numpy().tobytes()
 
 
 def _header(tensors: Sequence[OutputTensor]) -> bytes:
