@@ -12,6 +12,7 @@ from svdmerge.errors import RecipeError, SvdmergeError
 
 if TYPE_CHECKING:
     from svdmerge.progress import Progress
+    from svdmerge.report.run_report import RunReport
     from svdmerge.workflow import Run
 
 app = typer.Typer(
@@ -86,7 +87,7 @@ def run(
     recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
 ) -> None:
     """Decompose, select, assemble, and tune if the recipe asks. Resumes by itself."""
-    _staged(recipe, lambda attempt: attempt.all(), address, as_json, verbose)
+    _staged(recipe, lambda run: run.all(), address, as_json, verbose)
 
 
 @app.command()
@@ -94,7 +95,7 @@ def decompose(
     recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
 ) -> None:
     """Store every source's components, less those stored already."""
-    _staged(recipe, lambda attempt: attempt.decompose(), address, as_json, verbose)
+    _staged(recipe, lambda run: run.attempt(run.decompose), address, as_json, verbose)
 
 
 @app.command()
@@ -102,7 +103,7 @@ def select(
     recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
 ) -> None:
     """Choose the most salient components of every matrix across the sources."""
-    _staged(recipe, lambda attempt: attempt.select(), address, as_json, verbose)
+    _staged(recipe, lambda run: run.attempt(run.select), address, as_json, verbose)
 
 
 @app.command()
@@ -110,7 +111,7 @@ def assemble(
     recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
 ) -> None:
     """Merge what is selected and write the model."""
-    _staged(recipe, lambda attempt: attempt.assemble(), address, as_json, verbose)
+    _staged(recipe, lambda run: run.attempt(run.assemble), address, as_json, verbose)
 
 
 @app.command()
@@ -118,7 +119,7 @@ def tune(
     recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
 ) -> None:
     """Train singular values of the merged model for the recipe's target."""
-    _staged(recipe, lambda attempt: attempt.tune(), address, as_json, verbose)
+    _staged(recipe, lambda run: run.attempt(run.tune), address, as_json, verbose)
 
 
 @app.command()
@@ -221,7 +222,7 @@ def main() -> None:
 
 
 def _staged(
-    recipe: Path, stage: "Callable[[Run], object]", address: str, as_json: bool, verbose: bool
+    recipe: Path, stage: "Callable[[Run], RunReport]", address: str, as_json: bool, verbose: bool
 ) -> None:
     """Run one stage, or all, of a recipe."""
 
@@ -234,12 +235,12 @@ def _staged(
         loaded = load_recipe(recipe)
         prepare(loaded, address=address)  # its faults are told before Ray starts
         with open_runtime(address) as runtime:
-            attempt = Run(loaded, runtime=runtime, progress=_progress())
-            stage(attempt)
-        report = attempt.report
-        _show(as_json, lambda: json.loads(report.to_json()), lambda: run_tables(report))
-        if not as_json:
-            _show(False, dict, lambda: [f"{report.status}: {report.out}"])
+            report = stage(Run(loaded, runtime=runtime, progress=_progress()))
+        _show(
+            as_json,
+            lambda: json.loads(report.to_json()),
+            lambda: [*run_tables(report), f"{report.status}: {report.out}"],
+        )
 
     _guard(work, verbose=verbose)
 

@@ -57,16 +57,15 @@ class Run:
         ]
 
     def all(self) -> RunReport:
-        """Every stage; the report, which is also stored, whatever happens."""
+        """Every stage that is left to do; the report."""
+        return self.attempt(self._all)
+
+    def attempt(self, work: Callable[[], object]) -> RunReport:
+        """The report of some stages, which is also stored, whatever happens."""
         try:
-            if self._is_done():
-                self.report.status = "unchanged"
-            else:
-                self.decompose()
-                self.assemble(self.select())
+            work()
+            if self.report.status == "running":
                 self.report.status = "done"
-            if self.plan.recipe.tune is not None:
-                self.tune()
         except BaseException as error:
             self.report.status = f"failed: {type(error).__name__}"
             with contextlib.suppress(SvdmergeError):  # the first error is the one to tell
@@ -155,6 +154,15 @@ class Run:
         )
         seconds = time.perf_counter() - start
         self.report.stages.append(StageReport(name="tune", num_units=1, seconds=seconds))
+
+    def _all(self) -> None:
+        if self._is_done():
+            self.report.status = "unchanged"
+        else:
+            self.decompose()
+            self.assemble(self.select())
+        if self.plan.recipe.tune is not None:
+            self.tune()
 
     def _is_done(self) -> bool:
         """Whether the output is that of this plan, and whole."""
