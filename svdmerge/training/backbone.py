@@ -38,22 +38,41 @@ class Backbone:
     unused: tuple[str, ...]
     """Module names that may be absent from a checkpoint, for features do not depend on them."""
     pooled: bool
-    """Whether the module's own output is the features; else tokens are averaged."""
+    """Whether the module's own output is the features; else tokens or patches are averaged."""
+    added: str = ""
+    """What the module's names carry before the checkpoint's: a language model of a checkpoint that
+    was saved without its output layer."""
 
     def features(self, inputs: Inputs) -> Tensor:
         """Features (b, d)."""
         if self.pooled:
             return _checked(self.module(inputs))
         if isinstance(inputs, Tensor):
-            return _checked(self.module(inputs).last_hidden_state.mean(dim=1))
+            hidden = self.module(inputs).last_hidden_state
+            # Of patches (b, t, d), or of a convolution's maps (b, d, h, w).
+            return _checked(hidden.mean(dim=1) if hidden.dim() == 3 else hidden.mean(dim=(2, 3)))
         hidden = self.module(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         # At least one: a text of no tokens must not divide by zero.
         return _checked((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0))
 
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """A language model's scores of each next token (b, t, vocabulary)."""
+        out = self.module(**inputs)
+        logits: object = getattr(out, "logits", out)
+        shape = (*inputs["input_ids"].shape,)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TrainingError(
+                f"the language model returned {got}",
+                f"Expected scores of each next token, ({shape[0]}, {shape[1]}, vocabulary).",
+                "Set `model` to a causal language model, as transformers:AutoModelForCausalLM.",
+            )
+        return logits
+
     def module_name(self, name: str) -> str:
         """The module's name of a checkpoint's tensor."""
-        return name.removeprefix(self.prefix)
+        return self.added + name.removeprefix(self.prefix)
 
 
 def _checked(features: object) -> Tensor:
@@ -93,11 +112,13 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
             f"{type(error).__name__}: {error}",
             "Check that the callable fits the base model.",
         ) from error
+    removed, added = _prefixes(module, base) if is_transformers else ("", "")
     backbone = Backbone(
         module=module.eval().float(),
-        prefix=_prefix(module, base) if is_transformers else "",
+        prefix=removed,
         unused=UNUSED_MODULES if is_transformers else (),
         pooled=not is_transformers,
+        added=added,
     )
     _check_names(backbone, base=base)
     return backbone
@@ -119,10 +140,15 @@ def _from_callable(
     return module
 
 
-def _prefix(module: nn.Module, base: Checkpoint) -> str:
-    """What a checkpoint saved with a head carries before the backbone's names: `bert.` or none."""
+def _prefixes(module: nn.Module, base: Checkpoint) -> tuple[str, str]:
+    """What checkpoint names carry that the module's do not, such as `bert.`; and the reverse.
+
+    A checkpoint saved with a head carries the backbone's prefix, a module with a head too.
+    """
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    return prefix if any(name.startswith(prefix) for name in base.tensors) else ""
+    given = any(name.startswith(prefix) for name in base.tensors)
+    own = any(name.startswith(prefix) for name in module.state_dict())
+    return prefix if given and not own else "", prefix if own and not given else ""
 
 
 def lacking(checkpoint: Checkpoint, *, base: Checkpoint) -> list[str]:
@@ -169,7 +195,9 @@ def _check_names(backbone: Backbone, *, base: Checkpoint) -> None:
     inside = {n for n in base.tensors if n.startswith(backbone.prefix)}
     given = {backbone.module_name(n) for n in inside}
     missing = sorted(
-        n for n in set(expected) - given if not n.startswith(backbone.unused or ("\0",))
+        n
+        for n in set(expected) - given - _tied(expected, given=given)
+        if not n.startswith(backbone.unused or ("\0",))
     )
     unexpected = sorted(
         n
@@ -183,3 +211,9 @@ def _check_names(backbone: Backbone, *, base: Checkpoint) -> None:
                 f"{len(names)} such tensors; the backbone has {len(expected)}.",
                 "Set `model` to the class or callable whose tensors are named like the base's.",
             )
+
+
+def _tied(tensors: Mapping[str, Tensor], *, given: set[str]) -> set[str]:
+    """Names that share the memory of a given one, as an output layer tied to the embeddings."""
+    held = {tensors[name].data_ptr() for name in given & set(tensors)}
+    return {n for n, t in tensors.items() if t.numel() and t.data_ptr() in held}

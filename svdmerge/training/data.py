@@ -1,4 +1,4 @@
-"""The target's examples: read from parquet, drawn, turned into inputs, and put in batches."""
+"""The target's examples: read, drawn, turned into inputs, and put in batches."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -16,7 +15,9 @@ from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.backbone import Inputs
-from svdmerge.training.tokens import tokenise
+from svdmerge.training.formats import is_image_folder, list_images, read_table
+from svdmerge.training.images import Scaling, is_image_column, read_images
+from svdmerge.training.tokens import MODEL_COLUMNS, tokenise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,8 +26,11 @@ class Examples:
 
     inputs: Tensor | Sequence[dict[str, Tensor]]
     labels: Tensor
+    """Zeros where the task has none."""
     padding: dict[str, int]
     """What shorter texts are filled with, by token column."""
+    scaling: Scaling | None = None
+    """Of images, which are kept as bytes."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -34,7 +38,8 @@ class Examples:
     def batch(self, rows: Sequence[int]) -> Inputs:
         """Inputs of some examples; texts padded to the longest of them."""
         if isinstance(self.inputs, Tensor):
-            return self.inputs[list(rows)]
+            inputs = self.inputs[list(rows)]
+            return inputs if self.scaling is None else self.scaling(inputs)
         texts = [self.inputs[i] for i in rows]
         return {
             column: torch.nn.utils.rnn.pad_sequence(
@@ -50,9 +55,21 @@ class Examples:
         lengths = [len(text["input_ids"]) for text in self.inputs]
         return sorted(range(len(self)), key=lambda i: (lengths[i], i))
 
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """Some of the examples, in this order."""
+        inputs = self.inputs
+        return Examples(
+            inputs=inputs[list(rows)] if isinstance(inputs, Tensor) else [inputs[i] for i in rows],
+            labels=self.labels[list(rows)],
+            padding=self.padding,
+            scaling=self.scaling,
+        )
+
     def digest(self) -> str:
         """sha256 of inputs and labels, as the backbone sees them."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
+        if self.scaling is not None:
+            digest.update(repr(self.scaling).encode())
         if isinstance(self.inputs, Tensor):
             digest.update(f"{list(self.inputs.shape)}".encode())
             digest.update(self.inputs.contiguous().numpy().tobytes())
@@ -66,16 +83,31 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Column:
-    """Raw inputs and labels of one parquet file."""
+    """Raw inputs and labels of one file or folder."""
 
     path: str
     inputs: pa.ChunkedArray
     labels: np.ndarray
+    numbers: np.ndarray
+    """Which row of the file each is, from 0, for what is told about it."""
+    classes: tuple[str, ...] = ()
+    """Names by label, where sub-folders give them."""
 
     def take(self, rows: Sequence[int]) -> "Column":
         """Some of the rows."""
         index = np.asarray(rows, dtype=np.int64)
-        return Column(path=self.path, inputs=self.inputs.take(index), labels=self.labels[index])
+        return Column(
+            path=self.path,
+            inputs=self.inputs.take(index),
+            labels=self.labels[index],
+            numbers=self.numbers[index],
+            classes=self.classes,
+        )
+
+    @property
+    def places(self) -> list[str]:
+        """Where each row is, as errors name it."""
+        return [f"{self.path}, row {n}" for n in self.numbers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,7 +117,10 @@ class Target:
     train: Examples
     test: Examples
     num_classes: int
+    """0 of a language target."""
     notes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    """Their names, where sub-folders give them."""
 
 
 def load_target(config: TuneConfig, *, base: Checkpoint) -> Target:
@@ -95,11 +130,11 @@ def load_target(config: TuneConfig, *, base: Checkpoint) -> Target:
         TrainingError: a file or column is missing or unfit, a class has no example, or a test label
             is not among the training labels.
     """
-    everything = read_columns(config.train, config=config)
-    num_classes = check_classes(everything, label=config.label)
-    drawn = everything.take(draw(everything.labels, per_class=config.per_class, seed=config.seed))
-    test = read_columns(config.test, config=config)
-    _check_test(test, num_classes=num_classes, config=config)
+    drawn = draw_training(config)
+    test = read_columns(config.test, config=config, classes=drawn.classes)
+    num_classes = 0 if config.task == "causal_lm" else int(drawn.labels.max()) + 1
+    if num_classes:
+        _check_test(test, num_classes=num_classes, config=config)
     train_examples, test_examples = (
         _examples(part, config=config, base=base) for part in (drawn, test)
     )
@@ -107,66 +142,96 @@ def load_target(config: TuneConfig, *, base: Checkpoint) -> Target:
         train=train_examples,
         test=test_examples,
         num_classes=num_classes,
-        notes=tuple(_short_classes(drawn.labels, per_class=config.per_class)),
+        notes=(
+            *(_short_classes(drawn.labels, per_class=config.per_class) if num_classes else ()),
+            *_cut(train_examples, "training", max_length=config.max_length),
+            *_cut(test_examples, "test", max_length=config.max_length),
+        ),
+        classes=drawn.classes,
     )
 
 
 def load_training(config: TuneConfig, *, base: Checkpoint) -> Examples:
     """The drawn training examples alone: what a training process needs. Raises as `load_target`."""
+    return _examples(draw_training(config), config=config, base=base)
+
+
+def draw_training(config: TuneConfig) -> Column:
+    """The drawn training examples as they are stored. Raises as `load_target`."""
     everything = read_columns(config.train, config=config)
-    check_classes(everything, label=config.label)
+    if config.task != "causal_lm":
+        check_classes(everything, label=config.label)
     rows = draw(everything.labels, per_class=config.per_class, seed=config.seed)
-    return _examples(everything.take(rows), config=config, base=base)
+    return everything.take(rows)
 
 
-def read_columns(path: str, *, config: TuneConfig) -> Column:
-    """Inputs and labels of a parquet file at a path or fsspec URI.
+def read_columns(path: str, *, config: TuneConfig, classes: tuple[str, ...] = ()) -> Column:
+    """Inputs and labels of a file or folder at a path or fsspec URI.
+
+    `classes` are the names that a folder of images may use; by default its own, sorted.
 
     Raises:
         TrainingError: the file cannot be read or is empty, or a column is missing, holds nulls, or
             is of the wrong kind.
     """
-    file = Folder.at(path)
-    try:
-        with file.fs.open(file.path(), "rb") as opened:
-            table = pq.read_table(opened)
-    except (OSError, pa.ArrowException) as error:
+    if config.task == "image" and is_image_folder(path):
+        return _image_folder(path, classes=classes)
+    has_labels = config.task != "causal_lm"
+    table = read_table(path, columns=(config.input, *((config.label,) if has_labels else ())))
+    _check_input(path, inputs=table.column(config.input), config=config)
+    count = table.num_rows
+    labels = np.zeros(count, dtype=np.int64)
+    if has_labels:
+        _check_labels(path, labels=table.column(config.label), name=config.label)
+        labels = table.column(config.label).to_numpy().astype(np.int64)
+    return Column(
+        path=path, inputs=table.column(config.input), labels=labels, numbers=np.arange(count)
+    )
+
+
+def _image_folder(path: str, *, classes: tuple[str, ...]) -> Column:
+    uris, names = list_images(path)
+    classes = classes or tuple(sorted(set(names)))
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
         raise TrainingError(
-            f"{path}: cannot be read as parquet", str(error), "Check the path."
-        ) from error
-    for name in (config.input, config.label):
-        if name not in table.column_names:
-            raise TrainingError(
-                f"{path}: has no column `{name}`",
-                f"Its columns: {', '.join(table.column_names)}.",
-                "Set `input` and `label` to the columns of your file.",
-            )
-        if nulls := table.column(name).null_count:
-            raise TrainingError(
-                f"{path}: column `{name}` holds {nulls} nulls", "", "Fill or drop those rows."
-            )
-    if not table.num_rows:
-        raise TrainingError(f"{path}: has no rows", "", "Give a file with examples.")
-    inputs, labels = table.column(config.input), table.column(config.label)
-    _check_kinds(path, inputs=inputs, labels=labels, config=config)
-    return Column(path=path, inputs=inputs, labels=labels.to_numpy().astype(np.int64))
+            f"{path}: the sub-folder {unknown[0]} is no class of the training examples",
+            f"Their classes: {', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}.",
+            "Use one set of names for both folders.",
+        )
+    numbers = {name: i for i, name in enumerate(classes)}
+    return Column(
+        path=path,
+        inputs=pa.chunked_array([pa.array(uris)]),
+        labels=np.array([numbers[name] for name in names], dtype=np.int64),
+        numbers=np.arange(len(uris)),
+        classes=classes,
+    )
 
 
-def _check_kinds(
-    path: str, *, inputs: pa.ChunkedArray, labels: pa.ChunkedArray, config: TuneConfig
-) -> None:
+def _check_labels(path: str, *, labels: pa.ChunkedArray, name: str) -> None:
     if not pa.types.is_integer(labels.type):
         raise TrainingError(
-            f"{path}: column `{config.label}` is {labels.type}",
+            f"{path}: column `{name}` is {labels.type}",
             "Labels are whole numbers from 0 to classes - 1.",
             "Number the classes.",
         )
-    is_text = pa.types.is_string(inputs.type) or pa.types.is_large_string(inputs.type)
-    if config.task == "text" and not is_text:
+
+
+def _check_input(path: str, *, inputs: pa.ChunkedArray, config: TuneConfig) -> None:
+    kind = inputs.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    fits, needs = {
+        "text": (is_text, "strings"),
+        "causal_lm": (is_text, "strings"),
+        "image": (is_image_column(kind), "encoded images, {bytes, path}, or paths"),
+        "tensor": (True, ""),
+    }[config.task]
+    if not fits:
         raise TrainingError(
-            f"{path}: column `{config.input}` is {inputs.type}",
-            "`task: text` needs strings.",
-            "Set `input` to a column of strings, or `task: tensor`.",
+            f"{path}: column `{config.input}` is {kind}",
+            f"`task: {config.task}` needs {needs}.",
+            "Set `input` to such a column, or `task` to what the column holds.",
         )
 
 
@@ -227,12 +292,43 @@ def _short_classes(labels: np.ndarray, *, per_class: int | None) -> Iterator[str
         )
 
 
+def _cut(examples: Examples, part: str, *, max_length: int) -> Iterator[str]:
+    """A note on texts as long as they may be: what was behind is not seen."""
+    if isinstance(examples.inputs, Tensor):
+        return
+    if count := sum(len(text["input_ids"]) >= max_length for text in examples.inputs):
+        yield (
+            f"{count} of {len(examples)} {part} texts have {max_length} tokens or more and are cut "
+            "there (`max_length`)"
+        )
+
+
 def _examples(column: Column, *, config: TuneConfig, base: Checkpoint) -> Examples:
     labels = torch.from_numpy(column.labels)
     if config.task == "tensor":
         return Examples(inputs=_stack(column, config.input), labels=labels, padding={})
-    texts, padding = tokenise(column.inputs.to_pylist(), base=base, max_length=config.max_length)
+    items: list[Any] = column.inputs.to_pylist()
+    if config.task == "image":
+        folder = Folder.at(column.path)
+        folder = folder if folder.fs.isdir(folder.path()) else folder.parent
+        pixels, scaling = read_images(items, base=base, folder=folder, places=column.places)
+        return Examples(inputs=pixels, labels=labels, padding={}, scaling=scaling)
+    texts, padding = tokenise(items, base=base, max_length=config.max_length)
+    if config.task == "causal_lm":
+        _check_predictable(texts, places=column.places)
+        texts = [{name: text[name] for name in MODEL_COLUMNS} for text in texts]
+        padding = {name: padding[name] for name in MODEL_COLUMNS}
     return Examples(inputs=texts, labels=labels, padding=padding)
+
+
+def _check_predictable(texts: Sequence[dict[str, Tensor]], *, places: Sequence[str]) -> None:
+    for text, place in zip(texts, places, strict=True):
+        if len(text["input_ids"]) < 2:
+            raise TrainingError(
+                f"{place}: its text has {len(text['input_ids'])} tokens",
+                "A language model foretells each token from those before it: two at least.",
+                "Drop empty texts, and keep `max_length` above 1.",
+            )
 
 
 def _stack(column: Column, name: str) -> Tensor:

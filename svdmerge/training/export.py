@@ -49,7 +49,7 @@ def export(
     base: Checkpoint,
     merged: Checkpoint,
     changes: Mapping[str, RankOneComponents],
-    head: LinearHead,
+    head: LinearHead | None,
     metadata: Mapping[str, str],
     result_json: str,
     scratch: Folder,
@@ -65,7 +65,8 @@ def export(
     export_model(staged, base=base, merged=merged, changes=changes, scratch=scratch)
     sigma = {f"{name}.sigma_change": c.s.contiguous() for name, c in changes.items()}
     staged.put(ADAPTER, files.save(sigma, metadata={"format": "pt", **metadata}))
-    staged.put(HEAD, files.save(_head_tensors(head), metadata={"format": "pt"}))
+    if head is not None:
+        staged.put(HEAD, files.save(_head_tensors(head), metadata={"format": "pt"}))
     copy_side_files(base, staged)
     staged.remove(MARKER)
     manifest = json.loads(result_json) | {

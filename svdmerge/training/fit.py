@@ -21,6 +21,7 @@ from svdmerge.training.checkpointing import (
 )
 from svdmerge.training.data import Examples, load_training
 from svdmerge.training.loop import Group, Loop, train
+from svdmerge.training.objective import objective_of
 from svdmerge.training.trainee import Job, build_trainee
 
 TRAINED = "trained.pt"
@@ -44,7 +45,12 @@ def fit(
 
 
 def _fit_here(job: Job, *, examples: Examples, on_epoch: Callable[[int], None]) -> State:
-    trainee = build_trainee(job, examples=examples, device=own_device(use_gpu=job.config.use_gpu))
+    trainee = build_trainee(
+        job,
+        examples=examples,
+        objective=objective_of(job.config),
+        device=own_device(use_gpu=job.config.use_gpu),
+    )
     loop = Loop(trainee, examples=examples, config=job.config, group=Group())
     checkpoints = FolderCheckpoints(job.folder.child("checkpoints"))
     return train(loop, config=job.config, checkpoints=checkpoints, on_epoch=on_epoch)
@@ -130,7 +136,9 @@ def _worker(settings: dict[str, Any]) -> tuple[str, ...] | None:
     torch.set_num_threads(job.threads)
     device = get_device() if job.config.use_gpu else torch.device("cpu")
     examples = load_training(job.config, base=job.base)
-    trainee = build_trainee(job, examples=examples, device=device)
+    trainee = build_trainee(
+        job, examples=examples, objective=objective_of(job.config), device=device
+    )
     context = ray_train.get_context()
     group = Group(rank=context.get_world_rank(), world=context.get_world_size())
     loop = Loop(trainee, examples=examples, config=job.config, group=group)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from svdmerge.errors import TrainingError
@@ -41,7 +40,6 @@ class Loop:
         self, trainee: Trainee, *, examples: Examples, config: TuneConfig, group: Group
     ) -> None:
         self._trainee, self._examples, self._config, self._group = trainee, examples, config, group
-        self._labels = examples.labels.to(trainee.device)
         self._values = trainee.values()
         self._head = list(trainee.head.parameters())
         # No weight decay: zero change means the merge as it is, and the head starts from a ridge
@@ -115,14 +113,12 @@ class Loop:
         total = sum(p.numel() for p in parameters)
         flat = torch.zeros(total + 2, device=self._trainee.device)
         if own:
-            scores = self._trainee.scores(self._examples, own)
-            labels = self._labels[own]
-            losses = F.cross_entropy(scores, labels, reduction="sum")
+            losses, right = self._trainee.losses(self._examples, own)
             # Divided by the global batch, so that the workers' gradients add up to its mean.
-            grads = torch.autograd.grad(losses / len(batch), parameters)
+            grads = torch.autograd.grad(losses.sum() / len(batch), parameters)
             torch.cat([g.reshape(-1) for g in grads], out=flat[:total])
-            flat[total] = losses.detach()
-            flat[total + 1] = (scores.argmax(dim=1) == labels).sum()
+            flat[total] = losses.detach().sum()
+            flat[total + 1] = right.sum()
         self._group.add(flat)
         sizes = [p.numel() for p in parameters]
         for parameter, grad in zip(parameters, flat[:total].split(sizes), strict=True):
