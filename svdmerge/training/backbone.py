@@ -7,7 +7,7 @@ the weights from our own reader, so any fsspec URI works.
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +33,12 @@ class Backbone:
     """
 
     module: nn.Module
-    prefix: str
-    """What checkpoint names carry before the module's, such as `bert.`."""
+    names: Mapping[str, str]
+    """Of the checkpoint's tensors that are the backbone's, the module's names; a head has none."""
     unused: tuple[str, ...]
     """Module names that may be absent from a checkpoint, for features do not depend on them."""
     pooled: bool
     """Whether the module's own output is the features; else tokens or patches are averaged."""
-    added: str = ""
-    """What the module's names carry before the checkpoint's: a language model of a checkpoint that
-    was saved without its output layer."""
 
     def features(self, inputs: Inputs) -> Tensor:
         """Features (b, d)."""
@@ -72,7 +69,7 @@ class Backbone:
 
     def module_name(self, name: str) -> str:
         """The module's name of a checkpoint's tensor."""
-        return self.added + name.removeprefix(self.prefix)
+        return self.names.get(name, name)
 
 
 def _checked(features: object) -> Tensor:
@@ -112,13 +109,11 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
             f"{type(error).__name__}: {error}",
             "Check that the callable fits the base model.",
         ) from error
-    removed, added = _prefixes(module, base) if is_transformers else ("", "")
     backbone = Backbone(
         module=module.eval().float(),
-        prefix=removed,
+        names=_names(module, base) if is_transformers else {n: n for n in base.tensors},
         unused=UNUSED_MODULES if is_transformers else (),
         pooled=not is_transformers,
-        added=added,
     )
     _check_names(backbone, base=base)
     return backbone
@@ -140,15 +135,39 @@ def _from_callable(
     return module
 
 
-def _prefixes(module: nn.Module, base: Checkpoint) -> tuple[str, str]:
-    """What checkpoint names carry that the module's do not, such as `bert.`; and the reverse.
+def _names(module: nn.Module, base: Checkpoint) -> dict[str, str]:
+    """The module's names by checkpoint name.
 
-    A checkpoint saved with a head carries the backbone's prefix, a module with a head too.
+    A checkpoint saved with a head carries the backbone's prefix, such as `bert.`, and what lies
+    outside it is the head; a module with a head carries it too, whatever the checkpoint does.
     """
+    renamings = _renamings(module)
+    renamed = {name: _renamed(name, renamings) for name in base.tensors}
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    given = any(name.startswith(prefix) for name in base.tensors)
+    given = any(name.startswith(prefix) for name in renamed.values())
     own = any(name.startswith(prefix) for name in module.state_dict())
-    return prefix if given and not own else "", prefix if own and not given else ""
+    if given and not own:
+        return {n: r.removeprefix(prefix) for n, r in renamed.items() if r.startswith(prefix)}
+    added = prefix if own and not given else ""
+    return {n: added + r for n, r in renamed.items()}
+
+
+def _renamings(module: nn.Module) -> list[Any]:
+    """transformers' own renamings: some modules' names are no longer those in files.
+
+    What it computes instead, such as fused experts, is left out here and told as missing later.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    found: list[Any] = get_model_conversion_mapping(cast(Any, module))
+    return [transform for transform in found if isinstance(transform, WeightRenaming)]
+
+
+def _renamed(name: str, renamings: list[Any]) -> str:
+    for renaming in renamings:
+        name = renaming.rename_source_key(name)[0]
+    return name
 
 
 def lacking(checkpoint: Checkpoint, *, base: Checkpoint) -> list[str]:
@@ -191,9 +210,7 @@ def load_weights(backbone: Backbone, *, checkpoint: Checkpoint, base: Checkpoint
 
 def _check_names(backbone: Backbone, *, base: Checkpoint) -> None:
     expected = backbone.module.state_dict()
-    # A checkpoint saved with a head has tensors outside the prefix: the head, which is not ours.
-    inside = {n for n in base.tensors if n.startswith(backbone.prefix)}
-    given = {backbone.module_name(n) for n in inside}
+    given = set(backbone.names.values())
     missing = sorted(
         n
         for n in set(expected) - given - _tied(expected, given=given)
