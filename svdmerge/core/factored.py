@@ -139,7 +139,10 @@ class _Rebuilt(torch.autograd.Function):
         """The adapted layer's output. Keeps x Vh^T (t, k) for grad d, not x (t, n)."""
         adapted = torch.addmm(weight, u * d, vh)
         along = F.linear(x, vh) if ctx.needs_input_grad[4] else None
-        ctx.save_for_backward(adapted if ctx.needs_input_grad[0] else None, u, along)
+        # Under autocast the products are in its type, and backward runs outside it.
+        along_u = u if along is None else u.to(along.dtype)
+        ctx.save_for_backward(adapted if ctx.needs_input_grad[0] else None, along_u, along)
+        ctx.dtype = d.dtype
         return F.linear(x, adapted, bias)
 
     @staticmethod
@@ -152,7 +155,7 @@ class _Rebuilt(torch.autograd.Function):
         grad_x = gy @ adapted if adapted is not None else None
         grad_d = None
         if along is not None:
-            grad_d = ((gy @ u) * along).reshape(-1, u.shape[1]).sum(dim=0)
+            grad_d = ((gy @ u) * along).reshape(-1, u.shape[1]).sum(dim=0, dtype=ctx.dtype)
         return grad_x, None, None, None, grad_d, None
 
 

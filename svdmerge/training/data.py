@@ -136,7 +136,7 @@ def load_target(config: TuneConfig, *, base: Checkpoint) -> Target:
     if num_classes:
         _check_test(test, num_classes=num_classes, config=config)
     train_examples, test_examples = (
-        _examples(part, config=config, base=base) for part in (drawn, test)
+        prepare(part, config=config, base=base) for part in (drawn, test)
     )
     return Target(
         train=train_examples,
@@ -153,7 +153,7 @@ def load_target(config: TuneConfig, *, base: Checkpoint) -> Target:
 
 def load_training(config: TuneConfig, *, base: Checkpoint) -> Examples:
     """The drawn training examples alone: what a training process needs. Raises as `load_target`."""
-    return _examples(draw_training(config), config=config, base=base)
+    return prepare(draw_training(config), config=config, base=base)
 
 
 def draw_training(config: TuneConfig) -> Column:
@@ -272,13 +272,35 @@ def draw(labels: np.ndarray, *, per_class: int | None, seed: int) -> list[int]:
     if per_class is None:
         return list(range(len(labels)))
 
-    def rank(row: int) -> bytes:
-        return hashlib.sha256(f"{seed}\0{row}".encode()).digest()
-
     rows: list[int] = []
     for label in np.unique(labels):
-        rows += sorted(np.flatnonzero(labels == label).tolist(), key=rank)[:per_class]
+        found: list[int] = np.flatnonzero(labels == label).tolist()
+        rows += sorted(found, key=lambda row: _hash(seed, row))[:per_class]
     return sorted(rows)
+
+
+def hold_out(labels: np.ndarray, *, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows held out, both ascending: of every class alike, one stays at least.
+
+    Raises:
+        TrainingError: the share is so small that it comes to no example at all.
+    """
+    # Another order than the draw's, so that what is held out is no matter of how many were drawn.
+    held: list[int] = []
+    for label in np.unique(labels):
+        rows = sorted(np.flatnonzero(labels == label).tolist(), key=lambda row: _hash(~seed, row))
+        held += rows[: min(int(share * len(rows) + 0.5), len(rows) - 1)]
+    if share > 0 and not held:
+        raise TrainingError(
+            f"validation_share: {share:.3g} of each class comes to no example",
+            f"{len(labels)} training examples of {len(np.unique(labels))} classes.",
+            "Raise it, give more examples, or leave it out.",
+        )
+    return sorted(set(range(len(labels))) - set(held)), sorted(held)
+
+
+def _hash(seed: int, row: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{row}".encode()).digest()
 
 
 def _short_classes(labels: np.ndarray, *, per_class: int | None) -> Iterator[str]:
@@ -303,7 +325,12 @@ def _cut(examples: Examples, part: str, *, max_length: int) -> Iterator[str]:
         )
 
 
-def _examples(column: Column, *, config: TuneConfig, base: Checkpoint) -> Examples:
+def prepare(column: Column, *, config: TuneConfig, base: Checkpoint) -> Examples:
+    """Inputs and labels as the backbone takes them: tokens, pixels, or the numbers as they are.
+
+    Raises:
+        TrainingError: a row cannot be turned into an input; its place is named.
+    """
     labels = torch.from_numpy(column.labels)
     if config.task == "tensor":
         return Examples(inputs=_stack(column, config.input), labels=labels, padding={})
@@ -319,6 +346,9 @@ def _examples(column: Column, *, config: TuneConfig, base: Checkpoint) -> Exampl
         texts = [{name: text[name] for name in MODEL_COLUMNS} for text in texts]
         padding = {name: padding[name] for name in MODEL_COLUMNS}
     return Examples(inputs=texts, labels=labels, padding=padding)
+
+
+_examples = prepare
 
 
 def _check_predictable(texts: Sequence[dict[str, Tensor]], *, places: Sequence[str]) -> None:

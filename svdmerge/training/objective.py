@@ -124,7 +124,10 @@ class Classification:
         self, backbone: Backbone, head: nn.Module, inputs: Inputs, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss on the head's scores, and whether the best one is the label's."""
-        scores = head(backbone.features(inputs).float())
+        features = backbone.features(inputs)
+        # The head stays in float32 where the backbone runs in less.
+        with torch.autocast(features.device.type, enabled=False):
+            scores = head(features.float())
         losses = self.loss(scores, labels)
         if losses.shape != labels.shape:
             raise TrainingError(

@@ -54,6 +54,9 @@ class EpochPoint:
 
     loss: float
     accuracy: float
+    held_out_loss: float | None = None
+    """After the epoch, on the examples held out; None without `validation_share`."""
+    held_out_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,9 @@ class TuneResult:
     """Names by label, where the examples' folders give them."""
     seconds: float = 0.0
     """The training itself, over all attempts."""
+    best_epoch: int | None = None
+    """Whose values were kept, by the held-out loss; 0 for none trained, None without a share."""
+    num_held_out: int = 0
 
     def row(self, name: str) -> Row:
         """The row of this name. Raises: KeyError."""

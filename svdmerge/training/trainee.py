@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -63,6 +63,8 @@ class Trainee:
     """A linear layer on the features; nothing where the model's own output counts."""
     objective: Objective
     device: torch.device
+    half: bool = False
+    """Whether the frozen model computes in bfloat16."""
 
     def values(self) -> list[nn.Parameter]:
         """The trained singular values' changes, in a fixed order."""
@@ -77,7 +79,8 @@ class Trainee:
         """Of some examples (b,): each one's loss, and how much of it is told right, 0 to 1."""
         inputs = to_device(examples.batch(rows), self.device)
         labels = examples.labels[rows].to(self.device)
-        return self.objective.losses(self.backbone, self.head, inputs, labels)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half):
+            return self.objective.losses(self.backbone, self.head, inputs, labels)
 
 
 def tuning_key(
@@ -166,6 +169,7 @@ def build_trainee(
         layers={names[name]: layer for name, layer in installed.items()},
         head=head.to(device),
         objective=objective,
+        half=job.config.precision == "bfloat16",
         device=device,
     )
     backbone.module.to(device)
@@ -189,13 +193,8 @@ def _reached(trainee: Trainee, examples: Examples) -> Trainee:
             f"No gradient reaches {names[0]}.",
             "Check that `model` is the class whose output the features come from.",
         )
-    return Trainee(
-        backbone=trainee.backbone,
-        layers={name: trainee.layers[name] for name in names if name not in unused},
-        head=trainee.head,
-        objective=trainee.objective,
-        device=trainee.device,
-    )
+    layers = {name: trainee.layers[name] for name in names if name not in unused}
+    return replace(trainee, layers=layers)
 
 
 def _head(start: Mapping[str, Tensor]) -> nn.Module:

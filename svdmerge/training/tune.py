@@ -19,7 +19,7 @@ from svdmerge.storage.manifest import Committed
 from svdmerge.training import trainee as trainees
 from svdmerge.training.backbone import Backbone, build_backbone, lacking
 from svdmerge.training.checkpointing import State, save_file
-from svdmerge.training.data import Target, load_target
+from svdmerge.training.data import Target, hold_out, load_target
 from svdmerge.training.export import changes_digest, check_out, export
 from svdmerge.training.features import Features, FeatureStore, cached
 from svdmerge.training.fit import fit, own_device
@@ -95,6 +95,9 @@ class _Tuning:
         # A cluster's driver may lack the workers' GPU; features then take its CPU.
         self.device = own_device(use_gpu=config.use_gpu and torch.cuda.is_available())
         self.target: Target = load_target(config, base=base)
+        self.kept, self.held = hold_out(
+            self.target.train.labels.numpy(), share=config.validation_share, seed=config.seed
+        )
         self.backbone: Backbone = build_backbone(config, base=base)
         self.objective = objective_of(config)
         kept, notes = tunable(self.backbone, parameters=parameters, null_space=config.null_space)
@@ -132,7 +135,7 @@ class _Tuning:
                 for p in ranked
             ),
             best_source=ranked[0].model.reference if ranked else "",
-            curve=tuple(EpochPoint(loss=x, accuracy=y) for x, y in state["curve"]),
+            curve=tuple(EpochPoint(**point) for point in state["curve"]),
             notes=(*self.notes, *_borrowed(sources, base=self.base), *self._unreached(state)),
             verdict=verdict(
                 tuned=tuned[0], merged=rows[-1], others=rows, num_test=len(self.target.test),
@@ -145,6 +148,8 @@ class _Tuning:
             num_classes=self.target.num_classes,
             classes=self.target.classes,
             seconds=state["seconds"],
+            best_epoch=state["best"]["epoch"] if state["best"] else None,
+            num_held_out=len(self.held),
         )  # fmt: skip
         self._export(result, state=state, out=out)
         return result
@@ -161,8 +166,9 @@ class _Tuning:
         return probes
 
     def _fit(self, *, use_ray: bool) -> tuple[State, bool]:
-        measured = self.features.train(self.merged).values
-        head = self.objective.start(measured, self.target.train)
+        # From what is trained on alone: else what is held out would judge a head that knows it.
+        measured = self.features.train(self.merged).values[self.kept]
+        head = self.objective.start(measured, self.target.train.take(self.kept))
         save_file(self.job.folder, trainees.HEAD, head)
         epochs = self.config.epochs
         return fit(
