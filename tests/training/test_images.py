@@ -69,6 +69,27 @@ def test_an_image_classifier_is_merged_tuned_and_exported(folder: Path) -> None:
     assert not info["missing_keys"]
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_workers_that_get_their_images_by_ray_data_end_with_the_numbers_of_one_process(
+    folder: Path,
+) -> None:
+    settings = {"validation_share": 0.25, "epochs": 3, "num_workers": (1, 2)}
+    found = {}
+    for address in ("local", "none"):
+        with_own = recipe(folder, **settings).model_copy(
+            update={"store": str(folder / address), "out": str(folder / f"{address}-merged")}
+        )
+        found[address] = run(with_own, address=address).tune
+    together, alone = found["local"], found["none"]
+    assert together.best_epoch == alone.best_epoch
+    assert together.num_held_out == alone.num_held_out == 4
+    for a, b in zip(together.curve, alone.curve, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+        assert a.held_out_loss == pytest.approx(b.held_out_loss, rel=1e-4)
+    [progress] = (folder / "local").glob("runs/*/tune/*/progress.json")
+    assert json.loads(progress.read_text())["epoch"] == 3
+
+
 def by_hand(folder: Path, name: str, *, mean: float, std: float) -> torch.Tensor:
     image = Image.open(folder / "train" / name).convert("RGB")
     resized = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
