@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
     from svdmerge.engine.whatif import Outcome
     from svdmerge.report.run_report import RunReport
     from svdmerge.storage.maintenance import StoredSource
+    from svdmerge.training.result import Row
     from svdmerge.verify import Check
 
 
@@ -83,7 +84,10 @@ def run_tables(report: "RunReport") -> list[Table]:
     kept = table("Components kept", columns=("source", "num"), rows=report.kept.items())
     tables = [stages] if report.stages else []
     tables += [kept] if report.kept else []
-    return tables + ([accuracy_table(report.tune.rows)] if report.tune is not None else [])
+    if report.tune is not None:
+        is_language = report.tune.rows[0].nll is not None
+        tables.append((likelihood_table if is_language else accuracy_table)(report.tune.rows))
+    return tables
 
 
 class AccuracyRow(Protocol):
@@ -111,6 +115,19 @@ def accuracy_table(rows: Iterable[AccuracyRow]) -> Table:
             for r in rows
         ),
     )
+
+
+def likelihood_table(rows: Iterable["Row"]) -> Table:
+    """Likelihood of the target's texts beside the comparators'."""
+    return table(
+        "The target's test texts, by each model's own output layer",
+        columns=("model", "nats per token", "perplexity", "tokens right", "trained", "seconds"),
+        rows=(
+            (r.name, f"{r.nll:.4f}", "-" if r.perplexity is None else f"{r.perplexity:.4g}",
+             f"{r.accuracy:.3f}", r.trained, f"{r.seconds:.1f}")
+            for r in rows
+        ),
+    )  # fmt: skip
 
 
 def demo_tables(

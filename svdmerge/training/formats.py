@@ -42,12 +42,14 @@ def _files(path: str) -> list[str]:
             return [path]
     except OSError:  # told when the file is read
         return [path]
-    names = [n for n in folder.names() if n.endswith(PARQUET + JSON_LINES)]
+    held = folder.names()
+    # JSON beside parquet tells about it, as `dataset_info.json` does.
+    kind = PARQUET if any(n.endswith(PARQUET) for n in held) else JSON_LINES
+    names = [n for n in held if n.endswith(kind)]
     if not names:
-        held = ", ".join(folder.names()[:3]) or "nothing"
         raise TrainingError(
             f"{path}: a folder without parquet or JSON-lines files",
-            f"It holds {held}.",
+            f"It holds {', '.join(held[:3]) or 'nothing'}.",
             "Give a file, or set `task: image` for a folder of images.",
         )
     return [f"{path.rstrip('/')}/{name}" for name in names]

@@ -5,6 +5,7 @@ alone, so that any number of workers takes the same steps. So the rows carry the
 worker receives them all (few-shot targets are small), and puts them in order.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,17 @@ _PLAIN = ""
 def dataset(config: TuneConfig, *, base: Checkpoint) -> Any:
     """A Ray Data set of the drawn training examples: row, label, and inputs as safetensors.
 
+    It is computed here, once for all workers and restarts, and lies in Ray's object store.
+
     Raises:
-        TrainingError: as `load_training`, for what the file as a whole shows.
+        TrainingError: as `load_training`.
     """
     import ray.data
 
+    context = ray.data.DataContext.get_current()
+    # Its bars would run through ours, and a line that says so once is no news to a user.
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     column = draw_training(config)
     table = pa.table({
         "row": np.arange(len(column.labels)),
@@ -42,7 +49,8 @@ def dataset(config: TuneConfig, *, base: Checkpoint) -> Any:
     starts = range(0, table.num_rows, ROWS_PER_BLOCK)
     blocks = ray.data.from_arrow([table.slice(start, ROWS_PER_BLOCK) for start in starts])
     preparation = _Preparation(config=config, base=base, path=column.path)
-    return blocks.map_batches(preparation, batch_format="pyarrow", batch_size=None)
+    prepared = blocks.map_batches(preparation, batch_format="pyarrow", batch_size=None)
+    return prepared.materialize()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
