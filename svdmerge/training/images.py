@@ -44,6 +44,9 @@ class ImageReader:
         self._processor: Any = _load_processor(base)
         size = base.config.get("image_size", DEFAULT_SIZE)
         height, width = size if isinstance(size, list | tuple) else (size, size)
+        # A processor takes care of channels itself, from RGB.
+        is_grey = base.config.get("num_channels") == 1 and self._processor is None
+        self._mode = "L" if is_grey else "RGB"
         self._size = (int(cast(int, height)), int(cast(int, width)))
 
     @property
@@ -51,7 +54,8 @@ class ImageReader:
         """How the backbone wants its pixels."""
         p = self._processor
         if p is None:
-            return Scaling(scale=1 / 255, mean=DEFAULT_MEAN, std=DEFAULT_STD)
+            num = len(self._mode)
+            return Scaling(scale=1 / 255, mean=DEFAULT_MEAN[:num], std=DEFAULT_STD[:num])
         scale = float(p.rescale_factor) if p.do_rescale else 1.0
         if not p.do_normalize:
             return Scaling(scale=scale, mean=(0.0,), std=(1.0,))
@@ -63,7 +67,7 @@ class ImageReader:
         Raises:
             TrainingError: the file cannot be read, or Pillow cannot decode it.
         """
-        image = _decode(_encoded(item, folder=folder, place=place), place=place)
+        image = _decode(_encoded(item, folder=folder, place=place), mode=self._mode, place=place)
         if self._processor is not None:
             found = self._processor(
                 images=image, do_rescale=False, do_normalize=False, return_tensors="np"
@@ -72,7 +76,7 @@ class ImageReader:
         else:
             bilinear = _pillow().Resampling.BILINEAR
             resized = image.resize((self._size[1], self._size[0]), bilinear)
-            pixels = np.asarray(resized).transpose(2, 0, 1)
+            pixels = np.atleast_3d(np.asarray(resized)).transpose(2, 0, 1)
         return torch.from_numpy(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
@@ -123,11 +127,14 @@ def _encoded(item: object, *, folder: Folder, place: str) -> bytes:
         ) from error
 
 
-def _decode(data: bytes, *, place: str) -> Any:
+def _decode(data: bytes, *, mode: str, place: str) -> Any:
     pillow = _pillow()
+    from PIL import ImageOps
+
     try:
         with pillow.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            # Cameras store how they were held; the picture is meant upright.
+            return ImageOps.exif_transpose(image).convert(mode)
     # Pillow's decoders raise whatever a malformed file leads them to.
     except Exception as error:
         raise TrainingError(

@@ -1,5 +1,6 @@
 """Images are decoded and scaled as the base's folder says, and a classifier of them is tuned."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,19 @@ def test_a_processor_that_cannot_be_used_is_told(folder: Path) -> None:
     (folder / "base" / "preprocessor_config.json").write_text("{")
     with pytest.raises(TrainingError, match=r"its preprocessor_config\.json cannot be used"):
         training(folder)
+
+
+def test_a_camera_held_sideways_and_a_model_of_grey_images_are_understood(folder: Path) -> None:
+    upright = picture(0, seed=0)
+    turned, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # stored turned left by a quarter
+    buffer = io.BytesIO()
+    turned.save(buffer, "PNG", exif=exif)
+    same = table(folder, pa.array([encoded(upright), buffer.getvalue()]))
+    inputs = training(folder, train=same).inputs
+    assert torch.equal(inputs[0], inputs[1])
+    settings = json.loads((folder / "base" / "config.json").read_text())
+    (folder / "base" / "config.json").write_text(json.dumps(settings | {"num_channels": 1}))
+    batch = training(folder).batch([0])
+    assert isinstance(batch, torch.Tensor)
+    assert list(batch.shape) == [1, 1, SIZE, SIZE]

@@ -94,6 +94,10 @@ def test_a_language_model_is_merged_and_tuned_and_its_export_has_the_rows_likeli
     assert tuned.perplexity == pytest.approx(math.exp(tuned.nll))
     assert tuned.trained == tuned.trained_with_head == 4 * 8
     assert result.curve[-1].loss < result.curve[0].loss
+    [stored] = (folder / "store").glob("runs/*/attempts/*/run.json")
+    kept = json.loads(stored.read_text())["tune"]
+    assert [point["loss"] for point in kept["curve"]] == [p.loss for p in result.curve]
+    assert kept["rows"][-1]["nll"] == tuned.nll
     assert result.best_source == min(result.sources, key=lambda s: s.loo_error).name
     assert "nats per token after" in result.verdict
     adapted = gpt2_of(folder / "merged-tuned")
