@@ -79,7 +79,7 @@ def _fit_on_ray(job: Job, *, examples: Examples, on_epoch: Callable[[int], None]
         train_loop_config={
             "job": job,
             "like": examples.take([]),
-            "search_paths": search_paths(job.config),
+            "search_paths": [backbone_path(job.config), _package_path(job.config.loss)],
         },
         # Every worker draws from all rows: see `stream`.
         datasets={"train": dataset(job.config, base=job.base)},
@@ -165,19 +165,21 @@ def _silent(loop: Loop) -> None:
     del loop
 
 
-def search_paths(config: TuneConfig) -> list[str]:
-    """The folders that the recipe's own packages were imported from here.
+def backbone_path(config: TuneConfig) -> str:
+    """The folder that the backbone's package was imported from here.
 
     Workers on this machine do not inherit all of this process's search path; elsewhere the package
     comes with the cluster's environment, and a path that is not there does no harm.
     """
-    places: list[str] = []
-    for name in (config.model, config.loss):
-        found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
-        if found is not None and found.origin is not None:
-            place = Path(found.origin).parent
-            places.append(str(place.parent if found.submodule_search_locations else place))
-    return places
+    return _package_path(config.model)
+
+
+def _package_path(name: str) -> str:
+    found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
+    if found is None or found.origin is None:
+        return ""
+    place = Path(found.origin).parent
+    return str(place.parent if found.submodule_search_locations else place)
 
 
 def _cpus(threads: int, *, workers: int) -> float:
