@@ -17,11 +17,12 @@ from svdmerge.training.backbone import Backbone
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ingredient:
-    """Components of one source in one matrix, and the factor on their singular values."""
+    """Leading components of one source in one matrix, and the factor on their singular values."""
 
     revision: str
     weight: float
-    indices: tuple[int, ...]
+    count: int | None = None
+    """How many, of those stored; all of them by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +55,11 @@ def _dense(blend: Blend, parameter: Parameter, parts: Sequence[Ingredient]) -> T
     total = torch.zeros(parameter.m, parameter.n)
     for part in parts:
         source = committed(blend.store, blend.base_key, part.revision)
-        c = source.read(parameter.id, part.indices)
-        total.addmm_(c.u * c.s, c.vh, alpha=part.weight)
+        stored = source.depth(parameter.id)
+        count = stored if part.count is None else min(part.count, stored)
+        if count:
+            c = source.read(parameter.id, range(count))
+            total.addmm_(c.u * c.s, c.vh, alpha=part.weight)
     return total
 
 

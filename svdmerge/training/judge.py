@@ -101,7 +101,7 @@ def subset(examples: Examples, rows: Sequence[int]) -> Examples:
 
 def _key(unit: JudgeUnit) -> str:
     parts = sorted(
-        (parameter, [(i.revision, i.weight, list(i.indices)) for i in ingredients])
+        (parameter, [(i.revision, i.weight, i.count) for i in ingredients])
         for parameter, ingredients in unit.blend.ingredients.items()
     )
     config = unit.config
