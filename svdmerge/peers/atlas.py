@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from svdmerge.errors import MismatchError
-from svdmerge.peers.space import Weights, WeightSpace, known
+from svdmerge.peers.space import Weights, WeightSpace, shared_names, taken
 from svdmerge.peers.train import TrainSettings
 
 # As the authors' few-shot script: AdamW at 0.1, decay 0.1, 10 epochs, batches of 128, a cosine
@@ -29,17 +28,11 @@ class Atlas(WeightSpace):
     """
 
     def __init__(self, base: Weights, *, differences: Sequence[Weights]) -> None:
-        names = list(differences[0])
-        if any(set(d) != set(names) for d in differences):
-            raise MismatchError(
-                "the sources differ from the base in different parameters",
-                "Every source has a coefficient for every parameter.",
-                "Give zeros where a source leaves a parameter alone.",
-            )
-        known(names, weights=base, what="differences")
-        self._start = {name: base[name] for name in names}
+        names = shared_names(differences, fix="Give zeros where a source leaves a parameter alone.")
+        self._start = taken(names, weights=base, what="differences")
         self._differences = {
-            name: torch.stack([d[name].to(base[name]) for d in differences]) for name in names
+            name: torch.stack([d[name].detach().to(start) for d in differences])
+            for name, start in self._start.items()
         }
         device = next(iter(self._start.values())).device
         self._coefficients = nn.Parameter(torch.zeros(len(differences), len(names), device=device))

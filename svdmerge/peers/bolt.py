@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents, concatenate
-from svdmerge.errors import MismatchError, TrainingError
+from svdmerge.errors import TrainingError
 from svdmerge.peers.diagonal import DiagonalSpace, rectified
-from svdmerge.peers.space import Weights, known
+from svdmerge.peers.space import Weights, shared_names, taken
 from svdmerge.peers.train import TrainSettings
 
 PER_SOURCE = 12
@@ -36,13 +36,8 @@ def bolt_bases(
 
     Reference: BOLT, arXiv 2512.02441, offline phase; the polar factor as in TSV-M, 2412.00081.
     """
-    names = list(sources[0])
-    if any(set(source) != set(names) for source in sources):
-        raise MismatchError(
-            "the sources have not the same matrices",
-            "BOLT's start is a mean over all of them.",
-            "Give a source that leaves a matrix alone no components of it (`components.none`).",
-        )
+    fix = "Give a source that leaves a matrix alone no components of it (`components.none`)."
+    names = shared_names(sources, fix=fix)
     return {
         name: _basis([source[name] for source in sources], name=name, per_source=per_source)
         for name in names
@@ -59,14 +54,15 @@ def bolt(base: Weights, *, bases: Mapping[str, RankOneComponents], alpha: float)
 
     Reference: BOLT, arXiv 2512.02441, online phase.
     """
-    known(bases, weights=base, what="BOLT's bases")
-    start: dict[str, Tensor] = {}
+    start = taken(bases, weights=base, what="BOLT's bases")
     directions: dict[str, RankOneComponents] = {}
     for name, c in bases.items():
         s = alpha * c.s
         directions[name] = RankOneComponents(u=c.u, s=s, vh=c.vh)
-        moved = ((c.u * torch.relu(s)) @ c.vh).reshape(base[name].shape)
-        start[name] = (base[name].to(moved) + moved).to(base[name])
+        weight = start[name]
+        moved = ((c.u * torch.relu(s)) @ c.vh).reshape(weight.shape).to(weight.device)
+        # Summed in the bases' float64, then rounded once.
+        start[name] = (weight.to(moved.dtype) + moved).to(weight.dtype)
     return DiagonalSpace(start, directions=directions, shift=rectified)
 
 

@@ -1,11 +1,12 @@
-"""Damaged differences, for tests of robustness. Seeded by name: the order of names is nothing."""
+"""Damaged sources and texts, for tests of robustness; seeds and names decide, never an order."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from svdmerge.errors import MismatchError
+from svdmerge.errors import TrainingError
 from svdmerge.peers.space import Weights
 
 
@@ -37,13 +38,22 @@ def pruned(differences: Weights, *, share: float) -> dict[str, Tensor]:
     The earlier entry on a tie, so that the same ones stay everywhere.
 
     Raises:
-        MismatchError: the share is not within 0 and 1.
+        TrainingError: the share is not within 0 and 1.
     """
-    if not 0.0 <= share <= 1.0:
-        raise MismatchError(
-            f"pruning to a share of {share}", "Expected 0 to 1.", "Give what is kept."
-        )
-    return {name: _pruned(d, share=share) for name, d in differences.items()}
+    return {name: _pruned(d, share=_checked(share)) for name, d in differences.items()}
+
+
+def without_tokens(tokens: Sequence[int], *, share: float, row: int, seed: int) -> list[int]:
+    """A text's tokens less floor(share * count + 1e-9) of its inner ones; the first and the last
+    stay, for they are markers.
+
+    Which ones follows from seed and row, so the text is damaged alike in any batch.
+    """
+    inner = list(tokens[1:-1])
+    order = torch.randperm(len(inner), generator=_generator(seed, row)).tolist()
+    dropped = set(order[: int(_checked(share) * len(inner) + 1e-9)])
+    kept = [token for place, token in enumerate(inner) if place not in dropped]
+    return [*tokens[:1], *kept, *tokens[1:][-1:]]
 
 
 def _pruned(d: Tensor, *, share: float) -> Tensor:
@@ -55,7 +65,17 @@ def _pruned(d: Tensor, *, share: float) -> Tensor:
 
 
 def _normal(like: Tensor, *, name: str, seed: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     # Drawn on the CPU in float64: the same noise for any device and dtype.
+    generator = _generator(seed, name)
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def _generator(seed: int, what: str | int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}\0{what}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _checked(share: float) -> float:
+    if not 0.0 <= share <= 1.0:
+        raise TrainingError(f"a share of {share}", "Expected 0 to 1.", "Give it as a fraction.")
+    return share

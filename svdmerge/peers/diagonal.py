@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from svdmerge.core.components import RankOneComponents, none
 from svdmerge.core.factored import complete
 from svdmerge.core.svd import exact, seed_of
-from svdmerge.peers.space import Weights, WeightSpace, known
+from svdmerge.peers.space import Weights, WeightSpace, taken
 
 Shift = Callable[[Tensor, Tensor], Tensor]
 """(s, d) -> how far the diagonal moves from where it started; zero at d = 0."""
@@ -35,12 +35,13 @@ class DiagonalSpace(WeightSpace):
     def __init__(
         self, start: Weights, *, directions: Mapping[str, RankOneComponents], shift: Shift = free
     ) -> None:
-        known(directions, weights=start, what="tuned directions")
-        self._start, self._shift = dict(start), shift
+        tuned = taken(directions, weights=start, what="tuned directions")
+        self._start = taken(start, weights=start, what="start")
+        self._shift = shift
         self._factors: dict[str, RankOneComponents] = {}
         self._changes: dict[str, nn.Parameter] = {}
         for name, given in directions.items():
-            weight = start[name]
+            weight = tuned[name]
             self._factors[name] = RankOneComponents(
                 u=given.u.to(weight), s=given.s.to(weight), vh=given.vh.to(weight)
             )
@@ -103,9 +104,8 @@ def random_factors(
     Trains as many values in as many matrices, so that what is better than this is due to where the
     directions point.
     """
-    names = list(names)
-    known(names, weights=start, what="random directions")
-    empty = {n: none(*start[n].flatten(1).shape) for n in names}
+    matrices = taken(names, weights=start, what="random directions")
+    empty = {name: none(*weight.flatten(1).shape) for name, weight in matrices.items()}
     return DiagonalSpace(start, directions=with_null_space(empty, num_values=num_values, seed=seed))
 
 
@@ -118,10 +118,9 @@ def sigma_w0(base: Weights, *, names: Iterable[str], num_values: int) -> Diagona
 
     Reference: SVDiff, arXiv 2303.11305, equation 3; SVFT, arXiv 2405.19597.
     """
-    names = list(names)
-    known(names, weights=base, what="tuned matrices")
-    directions = {n: exact(base[n].flatten(1)).slice(0, num_values) for n in names}
-    return DiagonalSpace({n: base[n] for n in names}, directions=directions, shift=rectified)
+    start = taken(names, weights=base, what="tuned matrices")
+    directions = {n: exact(w.flatten(1)).slice(0, num_values) for n, w in start.items()}
+    return DiagonalSpace(start, directions=directions, shift=rectified)
 
 
 def _seed(name: str, c: RankOneComponents, *, seed: int) -> int:

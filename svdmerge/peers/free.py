@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from svdmerge.errors import MismatchError
-from svdmerge.peers.space import Weights, WeightSpace, known
+from svdmerge.peers.space import Weights, WeightSpace, taken
 
 
 class FreeSpace(WeightSpace):
@@ -29,9 +29,7 @@ class FreeSpace(WeightSpace):
 
 def full(base: Weights, *, names: Iterable[str]) -> FreeSpace:
     """Full fine-tuning of the parameters named."""
-    names = list(names)
-    known(names, weights=base, what="tuned parameters")
-    return FreeSpace({name: base[name] for name in names})
+    return FreeSpace(taken(names, weights=base, what="tuned parameters"))
 
 
 def bitfit(base: Weights) -> FreeSpace:

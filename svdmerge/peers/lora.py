@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from svdmerge.core.svd import exact, seed_of
-from svdmerge.peers.space import Weights, WeightSpace, known
+from svdmerge.peers.space import Weights, WeightSpace, taken
 
 Cost = Callable[[int, int, int], int]
 """(rank, m, n) -> trained values of one matrix."""
@@ -34,9 +34,8 @@ def ranks_within(
     everywhere this leaves early matrices out, so that small sizes stay comparable. Matrices of
     rank zero are not returned.
     """
-    names = list(names)
-    known(names, weights=weights, what="adapted matrices")
-    shapes = {name: tuple(weights[name].flatten(1).shape) for name in names}
+    matrices = taken(names, weights=weights, what="adapted matrices")
+    shapes = {name: tuple(weight.flatten(1).shape) for name, weight in matrices.items()}
 
     def total(ranks: Mapping[str, int]) -> int:
         return sum(cost(rank, *shapes[name]) for name, rank in ranks.items())
@@ -46,7 +45,7 @@ def ranks_within(
 
     most = max((min(shape) for shape in shapes.values()), default=0)
     ranks = deeper(max(r for r in range(most + 1) if total(deeper(r)) <= num_values))
-    for name in reversed(names):
+    for name in reversed(shapes):
         tried = ranks | {name: ranks[name] + 1}
         if tried[name] <= min(shapes[name]) and total(tried) <= num_values:
             ranks = tried
@@ -64,16 +63,15 @@ class Lora(WeightSpace):
     """
 
     def __init__(self, base: Weights, *, ranks: Mapping[str, int], seed: int) -> None:
-        known(ranks, weights=base, what="adapted matrices")
-        self._start = {name: base[name] for name in ranks}
+        self._start = taken(ranks, weights=base, what="adapted matrices")
         self._a: dict[str, nn.Parameter] = {}
         self._b: dict[str, nn.Parameter] = {}
-        for name, rank in ranks.items():
-            m, n = base[name].flatten(1).shape
+        for name, weight in self._start.items():
+            m, n = weight.flatten(1).shape
             generator = torch.Generator().manual_seed(seed_of(name, m=m, n=n, block=0) ^ seed)
-            a = (2 * torch.rand(rank, n, generator=generator) - 1) / math.sqrt(n)
-            self._a[name] = nn.Parameter(a.to(base[name]))
-            self._b[name] = nn.Parameter(base[name].new_zeros(m, rank))
+            a = (2 * torch.rand(ranks[name], n, generator=generator) - 1) / math.sqrt(n)
+            self._a[name] = nn.Parameter(a.to(weight))
+            self._b[name] = nn.Parameter(weight.new_zeros(m, ranks[name]))
 
     def values(self) -> list[nn.Parameter]:
         """A and B of every matrix."""
@@ -102,16 +100,15 @@ class LoraXs(WeightSpace):
     """
 
     def __init__(self, base: Weights, *, ranks: Mapping[str, int]) -> None:
-        known(ranks, weights=base, what="adapted matrices")
-        self._start = {name: base[name] for name in ranks}
+        self._start = taken(ranks, weights=base, what="adapted matrices")
         self._left: dict[str, Tensor] = {}
         self._right: dict[str, Tensor] = {}
         self._r: dict[str, nn.Parameter] = {}
-        for name, rank in ranks.items():
-            c = exact(base[name].flatten(1)).slice(0, rank)
-            self._left[name] = c.u.to(base[name])
-            self._right[name] = (c.s[:, None] * c.vh).to(base[name])
-            self._r[name] = nn.Parameter(base[name].new_zeros(rank, rank))
+        for name, weight in self._start.items():
+            c = exact(weight.flatten(1)).slice(0, ranks[name])
+            self._left[name] = c.u.to(weight)
+            self._right[name] = (c.s[:, None] * c.vh).to(weight)
+            self._r[name] = nn.Parameter(weight.new_zeros(ranks[name], ranks[name]))
 
     def values(self) -> list[nn.Parameter]:
         """R of every matrix."""

@@ -1,6 +1,6 @@
 """What all comparators are: trainable values, and the weights of a frozen model they stand for."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -66,15 +66,35 @@ def choose(spaces: Iterable[WeightSpace], *, score: Callable[[Weights], float]) 
     return max(spaces, key=lambda space: score(space.weights()))
 
 
-def known(names: Iterable[str], *, weights: Weights, what: str) -> None:
-    """Nothing, if every name is among the weights.
+def taken(names: Iterable[str], *, weights: Weights, what: str) -> dict[str, Tensor]:
+    """The weights of these names, in their order, cut off from any gradient.
 
     Raises:
-        MismatchError: one is not.
+        MismatchError: there is none of that name.
     """
+    names = list(names)
     if unknown := sorted(set(names) - set(weights)):
         raise MismatchError(
             f"{what}: {unknown[0]} is not among the {len(weights)} weights given",
             f"{len(unknown)} such names.",
             "Give the model's own weight for every name, under the module's names.",
         )
+    return {name: weights[name].detach() for name in names}
+
+
+def shared_names(sources: Sequence[Mapping[str, object]], *, fix: str) -> list[str]:
+    """The names that every source has, in the first one's order.
+
+    Raises:
+        MismatchError: there is no source, or one has other names.
+    """
+    for number, source in enumerate(sources):
+        if other := sorted(set(source) ^ set(sources[0])):
+            raise MismatchError(
+                f"source {number + 1} of {len(sources)}: {other[0]} is not in both it and source 1",
+                f"{len(other)} such names.",
+                fix,
+            )
+    if not sources:
+        raise MismatchError("no sources", "At least one is needed.", "Give the sources.")
+    return list(sources[0])

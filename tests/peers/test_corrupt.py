@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from svdmerge.errors import MismatchError
-from svdmerge.peers.corrupt import noise_by_entry, noise_by_norm, pruned
+from svdmerge.errors import TrainingError
+from svdmerge.peers.corrupt import noise_by_entry, noise_by_norm, pruned, without_tokens
 
 GENERATOR = torch.Generator().manual_seed(0)
 CLEAN = {n: 0.01 * torch.randn(60, 40, generator=GENERATOR) for n in ("a", "b")}
@@ -58,5 +58,22 @@ def test_pruning_takes_the_earlier_of_equal_entries() -> None:
     assert pruned(equal, share=0.5)["e"].tolist() == [[1.0, -1.0], [0.0, 0.0]]
     assert torch.equal(pruned(equal, share=1.0)["e"], equal["e"])
     assert not pruned(equal, share=0.0)["e"].any()
-    with pytest.raises(MismatchError, match=r"1\.5"):
+    with pytest.raises(TrainingError, match=r"1\.5"):
         pruned(equal, share=1.5)
+
+
+def test_dropped_tokens_are_inner_ones_of_a_seeded_choice_in_their_order() -> None:
+    tokens = [101, *range(20), 102]
+    found = without_tokens(tokens, share=0.3, row=4, seed=0)
+    assert len(found) == 2 + 14
+    assert (found[0], found[-1]) == (101, 102)
+    assert found[1:-1] == sorted(set(found[1:-1]))
+    assert found == without_tokens(tokens, share=0.3, row=4, seed=0)
+    assert found != without_tokens(tokens, share=0.3, row=5, seed=0)
+    assert found != without_tokens(tokens, share=0.3, row=4, seed=1)
+
+
+@pytest.mark.parametrize("tokens", [[], [101], [101, 102], [101, 7, 102]])
+def test_short_texts_keep_their_markers(tokens: list[int]) -> None:
+    assert without_tokens(tokens, share=0.0, row=0, seed=0) == tokens
+    assert without_tokens(tokens, share=1.0, row=0, seed=0) == [t for t in tokens if t > 100]
