@@ -9,7 +9,7 @@ from svdmerge.peers.space import Weights, WeightSpace, shared_names, taken
 from svdmerge.peers.train import TrainSettings
 
 # As the authors' few-shot script: AdamW at 0.1, decay 0.1, 10 epochs, batches of 128, a cosine
-# without warm-up. The head's rate is ours: theirs is frozen, a zero-shot head.
+# without warm-up. The head's rate is ours: theirs is frozen.
 PUBLISHED = TrainSettings(
     epochs=10, batch_size=128, learning_rate=0.1, head_learning_rate=1e-3, weight_decay=0.1
 )
@@ -24,7 +24,7 @@ class Atlas(WeightSpace):
     Deviations: no clipping of the gradient's norm at 1, no best epoch picked on validation data,
     few examples are not repeated to fill ten batches an epoch, and the head trains along.
 
-    Reference: aTLAS, arXiv 2407.02880, equation 5.
+    Reference: aTLAS, arXiv 2407.02880; the start and the settings as in the authors' code.
     """
 
     def __init__(self, base: Weights, *, differences: Sequence[Weights]) -> None:

@@ -15,7 +15,7 @@ from svdmerge.peers.train import TrainSettings
 PER_SOURCE = 12
 # Tried on the training examples before training starts, by `space.choose`.
 ALPHAS = (1.0, 3.0, 5.0, 7.0, 10.0)
-# The head's rate is ours: theirs is frozen, a zero-shot head.
+# The head's rate is ours.
 PUBLISHED = TrainSettings(epochs=20, batch_size=32, learning_rate=1e-3, head_learning_rate=1e-3)
 
 
@@ -47,8 +47,8 @@ def bolt_bases(
 def bolt(base: Weights, *, bases: Mapping[str, RankOneComponents], alpha: float) -> DiagonalSpace:
     """W_0 + U diag(relu(s)) Vh with s from alpha times the start; s trains.
 
-    Deviations: theirs picks alpha by the accuracy of a zero-shot head on the training examples; a
-    ridge head fits few examples perfectly under every alpha, so score left-out ones. As published,
+    Deviations: theirs picks alpha by accuracy on the training examples; a ridge head fits a few of
+    them perfectly under every alpha, so score it on left-out ones. As published,
     values that start negative are cut off by the relu and never train. Weight decay, if any, acts
     on s minus its start.
 

@@ -116,7 +116,7 @@ def sigma_w0(base: Weights, *, names: Iterable[str], num_values: int) -> Diagona
     matrices named, to train as many values as the others. relu(s + d) is SVDiff's; SVFT's diagonal
     variant has none, and the leading values stay far from zero anyway.
 
-    Reference: SVDiff, arXiv 2303.11305, equation 3; SVFT, arXiv 2405.19597.
+    Reference: SVDiff, arXiv 2303.11305; SVFT, arXiv 2405.19597.
     """
     start = taken(names, weights=base, what="tuned matrices")
     directions = {n: exact(w.flatten(1)).slice(0, num_values) for n, w in start.items()}

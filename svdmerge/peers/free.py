@@ -38,7 +38,7 @@ def bitfit(base: Weights) -> FreeSpace:
     Raises:
         MismatchError: there are none.
 
-    Reference: BitFit, arXiv 2106.10199, section 3. Deviation: theirs trains a new head; here one
+    Reference: BitFit, arXiv 2106.10199. Deviation: theirs trains a new head; here one
     trains along from its closed-form start, as everywhere.
     """
     # `in_proj_bias` of torch's attention is one too.

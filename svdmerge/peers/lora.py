@@ -96,7 +96,7 @@ class LoraXs(WeightSpace):
     zero, theirs at a Gaussian of 1e-5, so that W starts as W_0 exactly; alpha equals the rank.
     Theirs runs 10 epochs, batches of 32, rates of 1e-4 to 1e-3.
 
-    Reference: LoRA-XS, arXiv 2405.17604, section 3.
+    Reference: LoRA-XS, arXiv 2405.17604.
     """
 
     def __init__(self, base: Weights, *, ranks: Mapping[str, int]) -> None:

@@ -53,7 +53,7 @@ class ContrastivePairs(Objective):
     Deviations: an example is never its own partner (theirs may be, which trains nothing), so the
     only example of a class has no positive pairs; `max_steps` of the training may cut the epoch.
 
-    Reference: SetFit, arXiv 2209.11055, section 3.1.
+    Reference: SetFit, arXiv 2209.11055.
     """
 
     def __init__(self, labels: Int[Tensor, " b"], *, seed: int, rounds: int = ROUNDS) -> None:

@@ -46,7 +46,7 @@ class TrainedValues:
     stored_bytes: int
     """Of the trained values alone in float32: an adapter without its head."""
     held_bytes: int
-    """Of frozen tensors beside the module: what grows with the sources, if anything does."""
+    """Of the space's frozen tensors: what grows with the sources, if anything does."""
 
 
 def trained_values(space: WeightSpace, *, head: LinearHead) -> TrainedValues:
