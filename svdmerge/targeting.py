@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdmerge.core.evidence import bootstrap_interval, choose
+from svdmerge.core.evidence import bootstrap_interval
+from svdmerge.core.gate import Mix, gate
 from svdmerge.core.params import Action
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import Runtime
@@ -21,14 +22,6 @@ from svdmerge.training.blend import Blend, Ingredient
 from svdmerge.training.judge import Judged, JudgeUnit, judge, judged_examples
 from svdmerge.training.overlap import DUPLICATE, OverlapUnit, overlaps
 
-# Numbers of sources merged, best first. Nested sets, roughly doubling: each is one more look at
-# the same few examples, and the best of many looks is luck.
-SET_SIZES = (2, 3, 5, 10, 20, 50, 100)
-# Sum of the merged sources' weights. 1 is the plain average; sources that share directions are
-# over-counted by their number, while those that do not are worth their full strength each.
-TOTALS = (0.5, 1.0, 1.5, 2.0, 3.0)
-# Of the best source alone: as it is, or part of the way from the base (as WiSE-FT, 2109.01903).
-ALONE = (1.0, 0.75, 0.5)
 ADAPTATION = "adaptation.json"
 
 
@@ -63,25 +56,19 @@ class Ranking:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A merge that was considered: its sources, equally weighted, and their weights' sum."""
+class Considered:
+    """A merge that was considered, by revisions of its sources, and its held-out loss in nats."""
 
-    revisions: tuple[str, ...]
-    total: float
+    mix: Mix
     loss: float
-
-    @property
-    def weight(self) -> float:
-        """Of each source."""
-        return self.total / len(self.revisions) if self.revisions else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adaptation:
     """What the examples ask for: the chosen merge, and all that were considered."""
 
-    chosen: Candidate
-    considered: tuple[Candidate, ...]
+    chosen: Mix
+    considered: tuple[Considered, ...]
     verdict: str
 
     def to_json(self) -> str:
@@ -93,16 +80,16 @@ class Adaptation:
         """What `to_json` wrote."""
         raw: dict[str, Any] = json.loads(text)
         return Adaptation(
-            chosen=_candidate(raw["chosen"]),
-            considered=tuple(_candidate(c) for c in raw["considered"]),
+            chosen=_mix(raw["chosen"]),
+            considered=tuple(
+                Considered(mix=_mix(c["mix"]), loss=c["loss"]) for c in raw["considered"]
+            ),
             verdict=raw["verdict"],
         )
 
 
-def _candidate(raw: dict[str, Any]) -> Candidate:
-    return Candidate(
-        revisions=tuple(raw["revisions"]), total=float(raw["total"]), loss=float(raw["loss"])
-    )
+def _mix(raw: dict[str, Any]) -> Mix:
+    return Mix(sources=tuple(raw["sources"]), total=float(raw["total"]))
 
 
 class Targeting:
@@ -119,7 +106,8 @@ class Targeting:
         self._runtime, self._progress, self._attempt = runtime, progress, attempt
         examples = judged_examples(config, base=plan.base)
         self._digest, self.num_examples = examples.digest(), len(examples)
-        self._losses: dict[tuple[tuple[str, ...], float], Tensor] = {}
+        self._base: Tensor | None = None
+        self._sources: dict[str, Tensor] = {}
 
     def rank(self) -> Ranking:
         """Sources by their help.
@@ -133,10 +121,10 @@ class Targeting:
         blends += [(s.reference, self._alone(s.revision)) for s in plan.sources]
         found = self._judge(blends, strengths=[(1.0,)] * len(blends), stage="rank")
         base, *losses = [torch.tensor(j.losses[0], dtype=torch.float64) for j in found]
-        self._losses[(), 0.0] = base
+        self._base = base
         ranks: list[SourceRank] = []
         for source, loss, judged in zip(plan.sources, losses, found[1:], strict=True):
-            self._losses[(source.revision,), 1.0] = loss
+            self._sources[source.revision] = loss
             low, high = bootstrap_interval(base - loss)
             ranks.append(
                 SourceRank(
@@ -153,53 +141,43 @@ class Targeting:
             verdict=_verdict(ranks),
         )
 
-    def adapt(self, ranking: Ranking) -> Adaptation:
+    def adapt(self) -> Adaptation:
         """The merge that the examples ask for: nothing, one source, or several at a strength.
 
-        Sets are nested: the best m of the sources that lower the loss. The best single model, the
-        base included, is left for a merge only if that is better by more than noise.
+        Sources must be ranked before.
         """
-        best = ranking.sources[0].revision
-        helping = tuple(s.revision for s in ranking.sources if s.gain > 0)
-        sets = [helping[:m] for m in SET_SIZES if m <= len(helping)]
-        plans: list[tuple[tuple[str, ...], tuple[float, ...]]] = [((best,), ALONE[1:])]
-        plans += [(members, TOTALS) for members in sets]
-        self._judge_sets(plans)
-        base, alone = ((), 0.0), ((best,), 1.0)
-        single = min((base, alone), key=lambda c: float(self._losses[c].mean()))
-        rest = sorted(
-            (c for members, totals in plans for c in ((members, t) for t in totals)),
-            key=lambda c: (len(c[0]), c[1]),
-        )
-        order = [single, *rest]
-        taken = order[choose([self._losses[c] for c in order])]
-        considered = [self._candidate(c) for c in (base, alone, *rest)]
-        chosen = self._candidate(taken)
+        assert self._base is not None
+        chosen, losses = gate(self._sources, base=self._base, judge=self._judge_mixes)
+        considered = [Considered(mix=m, loss=float(x.mean())) for m, x in losses.items()]
         return Adaptation(
-            chosen=chosen, considered=tuple(considered), verdict=self._told(chosen, considered[0])
+            chosen=chosen,
+            considered=tuple(considered),
+            verdict=self._told(chosen, loss=float(losses[chosen].mean())),
         )
 
-    def _candidate(self, key: tuple[tuple[str, ...], float]) -> Candidate:
-        return Candidate(revisions=key[0], total=key[1], loss=float(self._losses[key].mean()))
-
-    def _told(self, chosen: Candidate, base: Candidate) -> str:
-        if not chosen.revisions:
+    def _told(self, chosen: Mix, *, loss: float) -> str:
+        assert self._base is not None
+        if not chosen.sources:
             return "No source helps this target: the base model is kept as it is."
         names = {s.revision: s.reference for s in self._plan.sources}
-        who = ", ".join(names[r] for r in chosen.revisions)
         return (
-            f"{len(chosen.revisions)} of {len(names)} sources, each at strength "
-            f"{chosen.weight:.3g}: held-out loss {chosen.loss:.4f}, base {base.loss:.4f} ({who})."
+            f"{len(chosen.sources)} of {len(names)} sources, each at strength "
+            f"{chosen.weight:.3g}: held-out loss {loss:.4f}, base {float(self._base.mean()):.4f} "
+            f"({', '.join(names[r] for r in chosen.sources)})."
         )
 
-    def _judge_sets(self, plans: Sequence[tuple[tuple[str, ...], tuple[float, ...]]]) -> None:
-        """Losses of merges at their totals; one task for all totals of a set."""
-        blends = [(f"merge of {len(members)}", self._merge(members)) for members, _ in plans]
-        strengths = [tuple(t / len(members) for t in totals) for members, totals in plans]
+    def _judge_mixes(self, mixes: Sequence[Mix]) -> list[Tensor]:
+        """Losses of mixes; one task for all strengths of a set."""
+        sets = list(dict.fromkeys(mix.sources for mix in mixes))
+        strengths = [tuple(m.weight for m in mixes if m.sources == members) for members in sets]
+        blends = [(f"merge of {len(members)}", self._merge(members)) for members in sets]
         found = self._judge(blends, strengths=strengths, stage="adapt")
-        for (members, totals), judged in zip(plans, found, strict=True):
-            for total, losses in zip(totals, judged.losses, strict=True):
-                self._losses[members, total] = torch.tensor(losses, dtype=torch.float64)
+        losses = {
+            (members, weight): torch.tensor(values, dtype=torch.float64)
+            for members, weights, judged in zip(sets, strengths, found, strict=True)
+            for weight, values in zip(weights, judged.losses, strict=True)
+        }
+        return [losses[mix.sources, mix.weight] for mix in mixes]
 
     def _judge(
         self, blends: Sequence[tuple[str, Blend]], *, strengths: Sequence[tuple[float, ...]],
@@ -245,18 +223,25 @@ class Targeting:
 
     def _merge(self, members: tuple[str, ...]) -> Blend:
         """The pooled components of some sources, at strength 1 each."""
-        part = gated(self._plan, dict.fromkeys(members, 1.0), scale=1.0)
+        plan = self._plan
+        part = gated(plan, members, scale=1.0)
         table = choose_components(
             part, attempt=self._attempt, runtime=self._runtime, progress=self._progress
         )
         chosen = picks(part, table)
         return self._blend(
             {
-                parameter: tuple(
-                    Ingredient(revision=p.revision, weight=p.weight, count=len(p.indices))
-                    for p in found
+                parameter.id: tuple(
+                    Ingredient(
+                        revision=p.revision,
+                        # Vectors are averaged, as assembling does.
+                        weight=p.weight / (1 if decomposed else len(members)),
+                        count=len(p.indices),
+                    )
+                    for p in chosen.get(parameter.id, ())
                 )
-                for parameter, found in chosen.items()
+                for parameter in plan.parameters
+                for decomposed in (parameter.action is Action.DECOMPOSE,)
             }
         )
 
@@ -299,28 +284,23 @@ def _verdict(ranks: Sequence[SourceRank]) -> str:
     return "None helps: the base model serves this target best."
 
 
-def gated(plan: Plan, weights: Mapping[str, float], *, scale: float) -> Plan:
-    """The plan with only these sources (revision -> weight), merged at this strength."""
-    sources = tuple(
-        replace(s, weight=s.weight * weights[s.revision])
-        for s in plan.sources
-        if s.revision in weights
-    )
+def gated(plan: Plan, members: Sequence[str], *, scale: float) -> Plan:
+    """The plan with only the sources of these revisions, merged at this strength."""
+    sources = tuple(s for s in plan.sources if s.revision in members)
     parameters = plan.recipe.parameters.model_copy(update={"scale": scale})
-    return replace(
-        plan, sources=sources, recipe=plan.recipe.model_copy(update={"parameters": parameters})
-    )
+    recipe = plan.recipe.model_copy(update={"parameters": parameters})
+    return replace(plan, sources=sources, recipe=recipe)
 
 
 def adapted(plan: Plan, adaptation: Adaptation) -> Plan:
     """The plan that merges what the adaptation chose."""
     chosen = adaptation.chosen
-    return gated(plan, dict.fromkeys(chosen.revisions, 1.0), scale=chosen.weight or 1.0)
+    return gated(plan, chosen.sources, scale=chosen.weight or 1.0)
 
 
 def warnings(adaptation: Adaptation) -> list[str]:
     """What a user must know of the choice."""
-    return [] if adaptation.chosen.revisions else [adaptation.verdict]
+    return [] if adaptation.chosen.sources else [adaptation.verdict]
 
 
 def save(folder: Folder, adaptation: Adaptation) -> None:

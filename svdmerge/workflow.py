@@ -109,7 +109,7 @@ class Run:
             judge = self._targeting(None)
             self._timed("rank", lambda: self._rank(judge))
             start = time.perf_counter()
-            found = judge.adapt(self.report.ranking)
+            found = judge.adapt()
             seconds = time.perf_counter() - start
             targeting.save(self.plan.run_folder, found)
             self.report.stages.append(StageReport(name="adapt", num_units=1, seconds=seconds))
