@@ -80,12 +80,13 @@ class Parameters(Section):
 
     k: Share = 0.1
     """Components kept per matrix: a share of its rank, or a count."""
-    salience: Literal["sigma", "relative"] = "sigma"
-    """What ranks components: the singular value, or that over the matrix's Frobenius norm."""
+    salience: Literal["sigma", "relative", "target"] = "sigma"
+    """What ranks components: the singular value, or that over the matrix's Frobenius norm, or the
+    singular value in those sources alone that the target's examples ask for."""
     scope: Literal["layer"] = "layer"
     """Where components compete: within each matrix."""
-    scale: PositiveFloat = 1.0
-    """Strength of the whole merged difference."""
+    scale: PositiveFloat | Literal["auto"] = 1.0
+    """Strength of the whole merged difference; `auto`: what the target's examples ask for."""
     svd: Literal["exact", "truncated"] = "exact"
     """Solver: a full SVD, or a randomized one of just the needed depth."""
 
@@ -202,6 +203,25 @@ class Recipe(Section):
                 f"tune: {self.merge_method} leaves no singular values to train; use axis"
             )
         return self
+
+    @model_validator(mode="after")
+    def _targets_need_examples(self) -> "Recipe":
+        if self.is_targeted and self.tune is None:
+            raise ValueError(
+                "parameters: `salience: target` and `scale: auto` need the target's examples; "
+                "add a `tune` section"
+            )
+        if self.is_targeted and self.merge_method != "axis":
+            raise ValueError(
+                f"parameters: {self.merge_method} takes no `salience: target` or `scale: auto`; "
+                "use axis"
+            )
+        return self
+
+    @property
+    def is_targeted(self) -> bool:
+        """Whether the merge depends on the target's examples."""
+        return self.parameters.salience == "target" or self.parameters.scale == "auto"
 
     @property
     def rules(self) -> tuple[Policy, ...]:

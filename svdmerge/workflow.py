@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +18,9 @@ from svdmerge.engine.estimate import estimate
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
 from svdmerge.engine.tasks import Receipt
-from svdmerge.errors import ResourceError, StoreError, SvdmergeError
+from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeError
 from svdmerge.progress import SILENT, Progress
-from svdmerge.recipe import Recipe
+from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import model_card
 from svdmerge.report.run_report import RunReport, StageReport
 from svdmerge.storage.filesystem import Folder
@@ -35,6 +35,9 @@ from svdmerge.storage.output import (
     written_files,
 )
 
+if TYPE_CHECKING:
+    from svdmerge.targeting import Ranking, Targeting
+
 DONE = "DONE"
 
 
@@ -43,6 +46,8 @@ class Run:
 
     def __init__(self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT) -> None:
         self.plan: Plan = prepare(recipe, address=runtime.address)
+        self._merged = self.plan
+        """The plan as the target's examples changed it: other weights, another strength."""
         self.out = Folder.at(recipe.out)
         self._runtime, self._progress = runtime, progress
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
@@ -82,6 +87,55 @@ class Run:
             lambda: decompose(self.plan, runtime=self._runtime, progress=self._progress),
         )
 
+    def rank(self, config: TuneConfig | None = None) -> None:
+        """Rank the sources by their help for a target, the recipe's by default; the report has it.
+
+        Raises:
+            RecipeError: there are no examples.
+            TrainingError: they cannot be used.
+        """
+        if next(pending(self.plan), None):
+            self.decompose()
+        self._timed("rank", lambda: self._rank(self._targeting(config)))
+
+    def adapt(self) -> None:
+        """Choose sources and strength by the target's examples, where the recipe asks for it."""
+        if not self.plan.recipe.is_targeted:
+            return
+        from svdmerge import targeting
+
+        found = targeting.load(self.plan.run_folder)
+        if found is None:
+            judge = self._targeting(None)
+            self._timed("rank", lambda: self._rank(judge))
+            start = time.perf_counter()
+            found = judge.adapt()
+            seconds = time.perf_counter() - start
+            targeting.save(self.plan.run_folder, found)
+            self.report.stages.append(StageReport(name="adapt", num_units=1, seconds=seconds))
+        self.report.adaptation = found
+        self.report.warnings += targeting.warnings(found)
+        self._merged = targeting.adapted(self.plan, found)
+
+    def _rank(self, judge: "Targeting") -> list[Receipt]:
+        self.report.ranking = judge.rank()
+        return []
+
+    def _targeting(self, config: TuneConfig | None) -> "Targeting":
+        from svdmerge.targeting import Targeting
+
+        config = config or self.plan.recipe.tune
+        if config is None:
+            raise RecipeError(
+                "ranking sources needs the target's examples",
+                "",
+                "Give --examples FILE, or add a `tune` section with `train`.",
+            )
+        return Targeting(
+            self.plan, config, runtime=self._runtime, progress=self._progress,
+            attempt=self._attempt,
+        )  # fmt: skip
+
     def select(self) -> pa.Table:
         """The selection. Raises: StoreError, if a source is not decomposed."""
         if missing := next(pending(self.plan), None):
@@ -90,12 +144,13 @@ class Run:
                 f"First missing: {missing.name}.",
                 "Run `svdmerge decompose` first.",
             )
+        self.adapt()
         table: list[pa.Table] = []
 
         def work() -> list[Receipt]:
             table.append(
                 select.select(
-                    self.plan,
+                    self._merged,
                     attempt=self._attempt,
                     runtime=self._runtime,
                     progress=self._progress,
@@ -112,7 +167,9 @@ class Run:
         Raises:
             StoreError: no selection was made.
         """
-        selection = selection if selection is not None else select.load_selection(self.plan)
+        if selection is None:
+            self.adapt()
+            selection = select.load_selection(self.plan)
         if selection is None:
             raise StoreError(
                 f"{self.plan.run_folder.uri}: holds no selection",
@@ -123,7 +180,7 @@ class Run:
         self._timed(
             "merge",
             lambda: assemble.merge_factors(
-                self.plan, selection, attempt=self._attempt, runtime=self._runtime,
+                self._merged, selection, attempt=self._attempt, runtime=self._runtime,
                 progress=self._progress,
             ),
         )  # fmt: skip
@@ -191,7 +248,8 @@ class Run:
     def _write(self, selection: pa.Table) -> list[Receipt]:
         plan, staged = self.plan, staging(self.out, plan_hash=self.plan.hash)
         written = assemble.write_model(plan, staged, runtime=self._runtime, progress=self._progress)
-        written += _side_files(plan, staged, selection, kept=self.report.kept)
+        found = pq_bytes(select.provenance(self._merged, selection))
+        written += _side_files(plan, staged, provenance=found, report=self.report)
         copy_side_files(plan.base, staged)
         publish(staged, self.out, manifest=_manifest(plan, staged, written))
         return []
@@ -212,6 +270,34 @@ def run(recipe: Recipe, *, address: str = "local", progress: Progress = SILENT) 
     prepare(recipe, address=address)  # its faults are told before Ray starts
     with open_runtime(address) as runtime:
         return Run(recipe, runtime=runtime, progress=progress).all()
+
+
+def rank(
+    recipe: Recipe,
+    *,
+    examples: str | None = None,
+    address: str = "local",
+    progress: Progress = SILENT,
+) -> "Ranking":
+    """Sources by their help for the target whose examples a file holds, or the recipe's own.
+
+    With `examples`, settings of how they are read are those of the recipe's `tune` section.
+
+    Raises:
+        SvdmergeError: whatever is wrong with the recipe, the models, the store or the examples.
+    """
+    config = recipe.tune
+    if examples is not None:
+        config = (
+            TuneConfig(train=examples, test=examples)
+            if config is None
+            else config.model_copy(update={"train": examples, "per_class": None})
+        )
+    prepare(recipe, address=address)  # its faults are told before Ray starts
+    with open_runtime(address) as runtime:
+        run = Run(recipe, runtime=runtime, progress=progress)
+        run.attempt(lambda: run.rank(config))
+    return run.report.ranking
 
 
 def prepare(recipe: Recipe, *, address: str) -> Plan:
@@ -250,28 +336,39 @@ def _kept(plan: Plan, selection: pa.Table) -> dict[str, int]:
     return dict(sorted(kept.items()))
 
 
+def pq_bytes(table: pa.Table) -> bytes:
+    """The table as a parquet file."""
+    buffer = BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
 def _side_files(
-    plan: Plan, out: Folder, selection: pa.Table, *, kept: dict[str, int]
+    plan: Plan, out: Folder, *, provenance: bytes, report: RunReport
 ) -> list[WrittenFile]:
     """Card, resolved recipe and provenance."""
-    buffer = BytesIO()
-    pq.write_table(select.provenance(plan, selection), buffer, compression="zstd")
     recipe_yaml = plan.recipe.dump_yaml()
     card = model_card(
         title=out_name(plan),
         base=plan.base.reference,
         sources=[
-            (m.model, m.weight, kept.get(m.model, 0))
+            (m.model, m.weight, report.kept.get(m.model, 0))
             for m in sorted(plan.recipe.models, key=lambda m: m.model)
         ],
         recipe_yaml=recipe_yaml,
-        summary=_summary(plan),
+        summary=_summary(plan) + _chosen(report),
     )
     return [
-        assemble.put_file(out, PROVENANCE, buffer.getvalue()),
+        assemble.put_file(out, PROVENANCE, provenance),
         assemble.put_file(out, RECIPE, recipe_yaml.encode()),
         assemble.put_file(out, "README.md", card.encode()),
     ]
+
+
+def _chosen(report: RunReport) -> str:
+    if report.adaptation is None:
+        return ""
+    return f" Sources and strength by the target's examples: {report.adaptation.verdict}"
 
 
 def out_name(plan: Plan) -> str:

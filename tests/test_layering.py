@@ -24,12 +24,14 @@ MAY_IMPORT = {
     "storage": {"core"},
     "engine": {"core", "storage", "recipe"},
     "training": {"core", "storage", "recipe"},
+    "peers": {"core"},
     "report": {"core", "storage", "recipe"},
 }
 FORBIDDEN = {
     "core": {"ray", "pyarrow", "fsspec", "safetensors", "huggingface_hub", "transformers", "yaml"},
     "storage": {"ray"},
     "report": {"ray"},
+    "peers": {"ray", "pyarrow", "fsspec", "safetensors", "huggingface_hub", "transformers", "yaml"},
 }
 # What a user waits for before anything is computed must not wait for torch or Ray.
 LIGHT_MODULES = ("svdmerge.recipe", "svdmerge.storage.checkpoint", "svdmerge.core.params")

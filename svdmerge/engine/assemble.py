@@ -76,7 +76,7 @@ def _factor_unit(
         attempt=attempt,
         factors=plan.run_folder.child(FACTORS),
         picks=tuple((p, chosen.get(p.id, ())) for p in parameters),
-        scale=plan.recipe.parameters.scale,
+        scale=plan.scale,
         num_sources=len(plan.sources),
     )
 

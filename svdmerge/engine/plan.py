@@ -11,7 +11,7 @@ from importlib.metadata import version
 from svdmerge.core.methods.actions import MATRIX_ACTION
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
-from svdmerge.recipe import Recipe
+from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import FLOATING, Checkpoint, TensorRef, open_checkpoint
 from svdmerge.storage.filesystem import Folder
@@ -67,6 +67,18 @@ class Plan:
         solver = self.recipe.parameters.svd
         depth = self.recipe.parameters.k if solver == "truncated" else None
         return layout.base_key(self.base.revision, solver=solver, depth=depth)
+
+    @property
+    def scale(self) -> float:
+        """Strength of the merged difference; 1 until the examples have chosen it."""
+        scale = self.recipe.parameters.scale
+        return 1.0 if scale == "auto" else scale
+
+    @property
+    def salience(self) -> str:
+        """What ranks components: a target's examples weigh whole sources, by weight."""
+        salience = self.recipe.parameters.salience
+        return "sigma" if salience == "target" else salience
 
     def budget(self, parameter: Parameter) -> int:
         """Components kept of a matrix, of all sources together."""
@@ -242,11 +254,25 @@ def numerics_class(threads: int) -> str:
 
 
 def _hash(recipe: Recipe, *, base: Checkpoint, sources: Sequence[Source]) -> str:
-    fields = {
+    fields: dict[str, object] = {
         "base": base.revision,
         "sources": [(s.revision, s.weight) for s in sources],
         "recipe": recipe.numeric_digest(),
         "numerics": numerics_class(recipe.resources.threads),
         "schema": layout.SCHEMA_VERSION,
     }
+    if recipe.is_targeted and recipe.tune is not None:
+        fields["target"] = _target(recipe.tune)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# Settings of `tune` that the target's examples, and what is made of them, depend on.
+_EXAMPLES = {"task", "model", "input", "label", "per_class", "max_length", "seed"}
+
+
+def _target(tune: TuneConfig) -> list[object]:
+    """What a merge for a target depends on besides the models."""
+    place = Folder.at(tune.train)
+    stat = place.stat()
+    version = [stat.size, stat.version] if stat else sorted(place.find().items())
+    return [tune.train, version, tune.model_dump(mode="json", include=_EXAMPLES)]

@@ -21,15 +21,22 @@ SELECT_BYTES = 512 << 20
 
 
 def select(plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress) -> pa.Table:
-    """The selection, also written to the run's folder: ids, best first within each matrix.
+    """The selection, also written to the run's folder."""
+    table = choose_components(plan, attempt=attempt, runtime=runtime, progress=progress)
+    plan.run_folder.put(SELECTION, encode_table(table))
+    return table
+
+
+def choose_components(
+    plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress
+) -> pa.Table:
+    """The ids of the components kept, best first within each matrix.
 
     Scope `layer` makes matrices independent, so the reduce is a map over ranges of matrices.
     """
     units = list(_units(plan, attempt=attempt))
     parts = runtime.map(tasks.select, units, stage="select", progress=progress)
-    table = pa.concat_tables([schema.SELECTION.empty_table(), *(_table(part) for part in parts)])
-    plan.run_folder.put(SELECTION, encode_table(table))
-    return table
+    return pa.concat_tables([schema.SELECTION.empty_table(), *(_table(part) for part in parts)])
 
 
 def load_selection(plan: Plan) -> pa.Table | None:
@@ -83,7 +90,7 @@ def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
 
 
 def _units(plan: Plan, *, attempt: str) -> Iterator[tasks.SelectUnit]:
-    step = max(1, SPECTRA_PER_UNIT // len(plan.sources))
+    step = max(1, SPECTRA_PER_UNIT // max(1, len(plan.sources)))
     for i, part in enumerate(_chunks(plan.parameters, step)):
         yield tasks.SelectUnit(
             name=f"select [{i + 1}]",
@@ -94,7 +101,7 @@ def _units(plan: Plan, *, attempt: str) -> Iterator[tasks.SelectUnit]:
             attempt=attempt,
             sources=tuple((s.revision, s.weight) for s in plan.sources),
             budgets=tuple((p, plan.budget(p)) for p in part),
-            salience=plan.recipe.parameters.salience,
+            salience=plan.salience,
         )
 
 

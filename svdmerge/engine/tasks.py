@@ -303,6 +303,8 @@ def _merge(unit: FactorUnit, parameter: Parameter, picks: Sequence[Pick]) -> Ran
         source = _committed(unit.store, unit.base_key, pick.revision, unit.attempt)
         return source.read(parameter.id, pick.indices)
 
+    if not picks and parameter.action is Action.AVERAGE:
+        return flat(torch.zeros(1, parameter.n))
     if parameter.action is Action.AVERAGE:
         deltas = ((read(p).vh, p.weight) for p in picks)
         return flat(average(deltas, num_sources=unit.num_sources, scale=unit.scale))

@@ -54,7 +54,7 @@ def whatif(plan: Plan, *, budgets: Sequence[int | float]) -> list[Outcome]:
 def _outcome(plan: Plan, k: int | float, spectra: dict[str, SpectraByMatrix]) -> Outcome:
     kept: Counter[str] = Counter({s.reference: 0 for s in plan.sources})
     names = {s.revision: s.reference for s in plan.sources}
-    salience = plan.recipe.parameters.salience
+    salience = plan.salience
     energy = total = 0.0
     size, certain = 0, True
     for parameter in plan.parameters:
