@@ -40,6 +40,11 @@ class Judge(Protocol):
         ...
 
     @property
+    def losses(self) -> Tensor:
+        """Of each training example, held out: nats, (b,)."""
+        ...
+
+    @property
     def head(self) -> LinearHead | None:
         """The head in closed form; None where the model's own output is judged."""
         ...
@@ -150,6 +155,11 @@ class RidgeJudge:
         return float(self.fit.loo_error.mean())
 
     @property
+    def losses(self) -> Tensor:
+        """By the head fitted without the example."""
+        return self.fit.log_loss
+
+    @property
     def head(self) -> LinearHead:
         """The ridge head."""
         return self.fit.head
@@ -170,7 +180,7 @@ class LanguageModelling:
     def judge(self, measured: Tensor, examples: Examples) -> "LanguageJudge":
         """By the mean over texts; nothing is fitted."""
         del examples
-        return LanguageJudge(error=float(measured[:, 0].double().mean()))
+        return LanguageJudge(losses=measured[:, 0])
 
     def start(self, measured: Tensor, examples: Examples) -> dict[str, Tensor]:
         """No head."""
@@ -186,13 +196,18 @@ class LanguageModelling:
         return predicted.nll, predicted.accuracy
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LanguageJudge:
     """A model's own likelihoods."""
 
-    error: float
+    losses: Tensor
     """Nats per token on the training examples. The model never saw them: nothing was fitted."""
     head: None = None
+
+    @property
+    def error(self) -> float:
+        """Their mean."""
+        return float(self.losses.double().mean())
 
     def score(self, measured: Tensor, examples: Examples) -> Score:
         """Its likelihoods."""
