@@ -114,6 +114,9 @@ class TuneConfig(Section):
     model: str = "transformers:AutoModel"
     """A transformers class, or `package.module:callable` that builds a backbone from its config.
 
+    Its module takes the inputs (pixels, a tensor, or a mapping of token columns) and returns
+    features (b, d); for language it takes `input_ids` and `attention_mask` by name and returns
+    scores of each next token, (b, t, vocabulary) or with a field `logits`.
     By default the headless model of the base's config, and `AutoModelForCausalLM` for language."""
     loss: str = "cross_entropy"
     """Of a classifier: cross-entropy, or `package.module:callable`, (scores, labels) -> (b,)."""

@@ -136,7 +136,10 @@ class _Tuning:
             ),
             best_source=ranked[0].model.reference if ranked else "",
             curve=tuple(EpochPoint(**point) for point in state["curve"]),
-            notes=(*self.notes, *_borrowed(sources, base=self.base), *self._unreached(state)),
+            notes=(
+                *self.notes, *_borrowed(sources, base=self.base), *self._unreached(state),
+                *self._kept_epoch(state),
+            ),
             verdict=verdict(
                 tuned=tuned[0], merged=rows[-1], others=rows, num_test=len(self.target.test),
                 error=self._error(merged, state),
@@ -249,6 +252,15 @@ class _Tuning:
             yield (
                 f"{len(names)} matrices take no part in the features and are not trained, "
                 f"first {names[0]}"
+            )
+
+    def _kept_epoch(self, state: State) -> Iterator[str]:
+        if best := state["best"]:
+            told = f"by the loss on {len(self.held)} held-out examples"
+            yield (
+                f"epoch {best['epoch']} of {state['epoch']} is kept, {told}"
+                if best["epoch"]
+                else f"nothing is changed: no epoch was better than none, {told}"
             )
 
     def _export(self, result: TuneResult, *, state: State, out: Folder) -> None:

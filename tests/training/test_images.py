@@ -19,7 +19,7 @@ from svdmerge.recipe import Recipe, TuneConfig, parse_recipe
 from svdmerge.storage.checkpoint import open_checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.data import Examples, load_target, load_training
-from svdmerge.workflow import run
+from svdmerge.workflow import rank, run
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_an_image_classifier_is_merged_tuned_and_exported(folder: Path) -> None:
     result = run(recipe(folder), address="none").tune
     assert [r.name for r in result.rows][2:] == ["merged", "tuned", "tuned, ridge head"]
     assert result.classes == ("above", "left")
+    assert len(rank(recipe(folder), address="none").sources) == 2
     assert result.row("merged").accuracy >= 0.75
     _, info = ViTModel.from_pretrained(folder / "merged-tuned", output_loading_info=True)
     assert not info["missing_keys"]

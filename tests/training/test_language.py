@@ -18,7 +18,7 @@ from svdmerge.training.backbone import build_backbone, load_weights
 from svdmerge.training.data import load_target
 from svdmerge.training.language import nll_per_example
 from svdmerge.training.result import TuneResult
-from svdmerge.workflow import run
+from svdmerge.workflow import rank, run
 
 CPU = torch.device("cpu")
 
@@ -105,6 +105,41 @@ def test_a_language_model_is_merged_and_tuned_and_its_export_has_the_rows_likeli
     assert nll == pytest.approx(tuned.nll, abs=1e-4)
     assert not (folder / "merged-tuned" / "head.safetensors").exists()
     assert TuneResult.from_json(result.to_json()) == result
+
+
+def trained_on_texts(folder: Path) -> Any:
+    """The base, its matrices trained for a few steps on texts like the target's."""
+    model = gpt2_of(folder / "base").requires_grad_(False)
+    blocks = [p for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
+    optimizer = torch.optim.Adam([p.requires_grad_() for p in blocks], lr=0.02)
+    for step in range(30):
+        ids = torch.tensor(
+            [[LETTERS.index(x) + 1 for x in text(7 * i + step)[:10]] for i in range(8)]
+        )
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model
+
+
+def test_the_source_that_knows_the_texts_ranks_first_and_is_merged_where_asked(
+    folder: Path,
+) -> None:
+    trained_on_texts(folder).save_pretrained(folder / "source-1")
+    found = rank(recipe(folder), address="none")
+    assert found.sources[0].name == str(folder / "source-1")
+    assert found.sources[0].low > 0
+    config = recipe(folder).tune
+    assert isinstance(config, TuneConfig)
+    base = open_checkpoint(str(folder / "base"))
+    expected = [own_nll(gpt2_of(folder / "base"), text(i)) for i in range(16)]
+    assert found.num_examples == len(load_target(config, base=base).train) == 16
+    assert found.base_loss == pytest.approx(sum(expected) / 16, rel=1e-4)
+    raw = recipe(folder).model_dump()
+    raw["parameters"] |= {"salience": "target", "scale": "auto"}
+    raw["out"] = str(folder / "chosen")
+    report = run(parse_recipe(raw), address="none")
+    assert report.tune.row("merged").nll < report.tune.row("base").nll
 
 
 def test_the_output_layer_stays_tied_and_frozen(folder: Path) -> None:

@@ -89,6 +89,7 @@ def test_the_values_of_the_best_epoch_on_what_is_held_out_are_kept(case: Case) -
     config = case.config(validation_share=0.3, epochs=12, patience=2, learning_rate=0.5)
     result = case.tune(config)
     assert result.num_held_out == 12
+    assert any("held-out examples" in note for note in result.notes)
     assert result.best_epoch is not None
     losses = [point.held_out_loss for point in result.curve]
     assert len(losses) == min(result.best_epoch + 2, 12)
