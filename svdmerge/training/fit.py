@@ -69,12 +69,27 @@ def own_device(*, use_gpu: bool) -> torch.device:
 
 
 def _fit_on_ray(job: Job, *, examples: Examples, on_epoch: Callable[[int], None]) -> State:
+    trainer = _trainer(job, examples=examples)
+    with watching(job.folder, on_epoch):
+        fitted = _fitted(trainer)
+    if fitted.return_value is not None:
+        raise TrainingError(*fitted.return_value)
+    checkpoint = fitted.checkpoint
+    if checkpoint is None:
+        raise TrainingError(
+            "tuning: the workers ended without a checkpoint", "", "See the workers' logs."
+        )
+    with checkpoint.as_directory() as path:
+        return read_state(path)
+
+
+def _trainer(job: Job, *, examples: Examples) -> Any:
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
 
     workers = job.config.num_workers
     most = workers if isinstance(workers, int) else workers[1]
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _worker,
         train_loop_config={
             "job": job,
@@ -100,17 +115,6 @@ def _fit_on_ray(job: Job, *, examples: Examples, on_epoch: Callable[[int], None]
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    with watching(job.folder, on_epoch):
-        fitted = _fitted(trainer)
-    if fitted.return_value is not None:
-        raise TrainingError(*fitted.return_value)
-    checkpoint = fitted.checkpoint
-    if checkpoint is None:
-        raise TrainingError(
-            "tuning: the workers ended without a checkpoint", "", "See the workers' logs."
-        )
-    with checkpoint.as_directory() as path:
-        return read_state(path)
 
 
 def _fitted(trainer: Any) -> Any:
@@ -134,8 +138,9 @@ def _fitted(trainer: Any) -> Any:
 def _worker(settings: dict[str, Any]) -> tuple[str, ...] | None:
     """One training process: places come in the job, state leaves by checkpoints alone.
 
-    Returned is an error of the training itself: the loss is a sum over all workers, so each of them
-    meets it, and restarting them, as Ray does after an exception, would only repeat it.
+    Returned is an error of the training itself: the model, and the loss as a sum over all workers,
+    are the same for each of them, so all meet it, and restarting them, as Ray does after an
+    exception, would only repeat it.
     """
     from ray import train as ray_train
     from ray.train.torch import get_device
@@ -146,13 +151,13 @@ def _worker(settings: dict[str, Any]) -> tuple[str, ...] | None:
     torch.set_num_threads(job.threads)
     device = get_device() if job.config.use_gpu else torch.device("cpu")
     examples = received(ray_train.get_dataset_shard("train"), like=settings["like"])
-    trainee = build_trainee(
-        job, examples=examples, objective=objective_of(job.config), device=device
-    )
     context = ray_train.get_context()
     group = Group(rank=context.get_world_rank(), world=context.get_world_size())
-    loop = Loop(trainee, examples=examples, config=job.config, group=group)
     try:
+        trainee = build_trainee(
+            job, examples=examples, objective=objective_of(job.config), device=device
+        )
+        loop = Loop(trainee, examples=examples, config=job.config, group=group)
         tell = Teller(job.folder) if group.rank == 0 else _silent
         train(loop, checkpoints=RayCheckpoints(), on_epoch=tell)
     except TrainingError as error:

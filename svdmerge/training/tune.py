@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +129,10 @@ class _Tuning:
             self._row(MERGED, merged),
         )
         tuned = self._tuned_rows(state, probe_seconds=merged.seconds)
+        told = verdict(
+            tuned=tuned[0], merged=rows[-1], others=rows, num_test=len(self.target.test),
+            error=self._error(merged, state),
+        )  # fmt: skip
         result = TuneResult(
             rows=(*rows, *tuned),
             sources=tuple(
@@ -135,27 +140,27 @@ class _Tuning:
                 for p in ranked
             ),
             best_source=ranked[0].model.reference if ranked else "",
-            curve=tuple(EpochPoint(**point) for point in state["curve"]),
-            notes=(
-                *self.notes, *_borrowed(sources, base=self.base), *self._unreached(state),
-                *self._kept_epoch(state),
-            ),
-            verdict=verdict(
-                tuned=tuned[0], merged=rows[-1], others=rows, num_test=len(self.target.test),
-                error=self._error(merged, state),
-            ),
+            notes=(*self._notes(state), *_borrowed(sources, base=self.base)),
+            verdict=told,
             resumed=resumed,
             out=out.uri,
-            num_train=len(self.target.train),
-            num_test=len(self.target.test),
-            num_classes=self.target.num_classes,
-            classes=self.target.classes,
-            seconds=state["seconds"],
-            best_epoch=state["best"]["epoch"] if state["best"] else None,
-            num_held_out=len(self.held),
-        )  # fmt: skip
+            **self._facts(state),
+        )
         self._export(result, state=state, out=out)
         return result
+
+    def _facts(self, state: State) -> dict[str, Any]:
+        """Fields of the result that the target and the training alone determine."""
+        return {
+            "curve": tuple(EpochPoint(**point) for point in state["curve"]),
+            "num_train": len(self.target.train),
+            "num_test": len(self.target.test),
+            "num_classes": self.target.num_classes,
+            "classes": self.target.classes,
+            "seconds": state["seconds"],
+            "best_epoch": state["best"]["epoch"] if state["best"] else None,
+            "num_held_out": len(self.held),
+        }
 
     def _probes(self, models: Sequence[Checkpoint]) -> list[Probe]:
         probes: list[Probe] = []
@@ -247,14 +252,13 @@ class _Tuning:
                 built.layers[name].sigma_change.copy_(value)
         return built
 
-    def _unreached(self, state: State) -> Iterator[str]:
+    def _notes(self, state: State) -> Iterator[str]:
+        yield from self.notes
         if names := sorted(set(self.job.parameters) - set(state["sigma_change"])):
             yield (
                 f"{len(names)} matrices take no part in the features and are not trained, "
                 f"first {names[0]}"
             )
-
-    def _kept_epoch(self, state: State) -> Iterator[str]:
         if best := state["best"]:
             told = f"by the loss on {len(self.held)} held-out examples"
             yield (
