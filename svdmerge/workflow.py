@@ -272,6 +272,20 @@ def run(recipe: Recipe, *, address: str = "local", progress: Progress = SILENT) 
         return Run(recipe, runtime=runtime, progress=progress).all()
 
 
+def run_stage(
+    recipe: Recipe, stage: str, *, address: str = "local", progress: Progress = SILENT
+) -> RunReport:
+    """One stage of a recipe by its name: `decompose`, `select`, `assemble` or `tune`.
+
+    Raises:
+        SvdmergeError: as `run`, or what the stage needs was not done yet.
+    """
+    prepare(recipe, address=address)
+    with open_runtime(address) as runtime:
+        attempt = Run(recipe, runtime=runtime, progress=progress)
+        return attempt.attempt(getattr(attempt, stage))
+
+
 def rank(
     recipe: Recipe,
     *,
