@@ -171,12 +171,12 @@ def merge_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
 def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
     m, n = parameter.m, parameter.n
     if parameter.action is not Action.DECOMPOSE:
-        # A difference as read and decoded, in float64, its trimmed copies, sums and counts.
-        return 64 * m * n + (_svd_bytes(m, n) if parameter.is_factored else 0)
-    # Factors in float32 and float64, their Q, and the k x k core; responses in a common basis.
-    k = plan.num_given(parameter)
-    shared = plan.recipe.merge_method in ("svc", "knots", "core_space")
-    return (64 if shared else 32) * k * (m + n) + 64 * k * min(k, m + n)
+        # A difference as read, in float64, its magnitudes sorted and trimmed, signs, sum, counts.
+        return 96 * m * n + (_svd_bytes(m, n) if parameter.is_factored else 0)
+    # Factors in float32 and float64, their Q, and the core, or the sources in a common basis.
+    k, shared = plan.num_given(parameter), plan.method.takes is Takes.EACH
+    core = plan.merged_depth(parameter) * (max(k, m + n) if shared else k)
+    return 32 * k * (m + n) + 64 * core
 
 
 def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
