@@ -116,6 +116,19 @@ def test_a_run_merges_every_tensor_as_the_formula_says(bench: Bench, method: str
     assert f"merge_method: {method}" in (bench.out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("method", ["knots", "core_space"])
+def test_of_low_rank_sources_their_rank_is_enough(bench: Bench, method: str) -> None:
+    """What float32 weights leave beyond the rank is noise, and takes no part either way."""
+    whole, enough = {"scale": SCALE}, {"scale": SCALE, "k": 3}
+    rules = [{"match": name, "policy": "base"} for name in (tiny.KERNEL, tiny.EXPERT_STACK)]
+    found: list[dict[str, np.ndarray]] = []
+    for parameters in (whole, enough):
+        recipe = changes(bench, method, parameters=parameters, policies=rules)
+        bench.run(**recipe)
+        found.append(factor_deltas(bench.plan(**recipe)))
+    assert worst_distance(found[1], found[0]) <= 1e-5
+
+
 def test_a_dare_run_keeps_its_share_of_a_source_and_rescales_it(bench: Bench) -> None:
     bench.run(**changes(bench, "dare", models=[str(bench.sources[0])]))
     base, source = numbers(bench.base), numbers(bench.sources[0])

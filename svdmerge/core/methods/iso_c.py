@@ -7,7 +7,6 @@ from torch import Tensor
 from svdmerge.core.components import RankOneComponents
 from svdmerge.core.svd import exact
 
-
 # Directions below this share of the largest are rounding of float32 weights, not of the change.
 ROUNDING = 1e-5
 
