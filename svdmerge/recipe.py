@@ -196,6 +196,8 @@ class Recipe(Section):
                 f"parameters.{unused[0]}: {self.merge_method} does not use it; "
                 f"it takes {', '.join(sorted(used))}"
             )
+        if "density" in used and self.parameters.density is None:
+            raise ValueError("parameters.density: got nothing; expected a share such as 20%")
         return self
 
     @property

@@ -302,7 +302,7 @@ def test_a_density_is_a_share(given: object, density: float) -> None:
     assert recipe.parameters.density == density
 
 
-@pytest.mark.parametrize("density", [0, "0%", 1.5, 20, "120%", "half", True])
+@pytest.mark.parametrize("density", [0, "0%", 1.5, 20, "120%", "half", True, None])
 def test_a_density_that_is_no_share_is_refused_by_name(density: object) -> None:
     raw = {**LEAST, "merge_method": "ties", "parameters": {"density": density}}
     with pytest.raises(RecipeError, match=r"parameters\.density"):
