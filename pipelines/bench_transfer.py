@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from transfer_data import normalised
 
 from svdmerge.comparison.cells import Cell, Cells, means, paired
@@ -87,7 +86,12 @@ def problem_for(target: str, args: argparse.Namespace) -> Problem:
     cache = args.out / "features"
     cache.mkdir(parents=True, exist_ok=True)
     return Problem(
-        target, prepare(recipe, address="none"), config, cache=cache, max_test=args.max_test
+        target,
+        prepare(recipe, address="none"),
+        config,
+        cache=cache,
+        max_test=args.max_test,
+        threads=args.threads,
     )
 
 
@@ -167,7 +171,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print the tables and stop")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     cells = Cells(args.out / "cells")
     if not args.report:
         for target in args.targets.split(","):

@@ -290,7 +290,7 @@ def merged_blend(
                     weight=pick.weight / (1 if p.action is Action.DECOMPOSE else len(members)),
                     count=len(pick.indices),
                 )
-                for pick in chosen.get(p.id, ())
+                for pick in chosen.get(p.source_id, ())
             )
             for p in plan.parameters
         },

@@ -48,8 +48,16 @@ class Problem:
     """
 
     def __init__(
-        self, name: str, plan: Plan, config: TuneConfig, *, cache: Path, max_test: int
+        self,
+        name: str,
+        plan: Plan,
+        config: TuneConfig,
+        *,
+        cache: Path,
+        max_test: int,
+        threads: int,
     ) -> None:
+        torch.set_num_threads(threads)
         self.name, self.plan, self.cache = name, plan, cache
         target = load_target(config, base=plan.base)
         self.num_classes = target.num_classes
