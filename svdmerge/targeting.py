@@ -170,7 +170,7 @@ class Targeting:
         """Losses of mixes; one task for all strengths of a set."""
         sets = list(dict.fromkeys(mix.sources for mix in mixes))
         strengths = [tuple(m.weight for m in mixes if m.sources == members) for members in sets]
-        blends = [(f"merge of {len(members)}", self._merge(members)) for members in sets]
+        blends = [(f"merge of {len(members)}", self._merged(members)) for members in sets]
         found = self._judge(blends, strengths=strengths, stage="adapt")
         losses = {
             (members, weight): torch.tensor(values, dtype=torch.float64)
@@ -221,29 +221,11 @@ class Targeting:
             }
         )
 
-    def _merge(self, members: tuple[str, ...]) -> Blend:
-        """The pooled components of some sources, at strength 1 each."""
-        plan = self._plan
-        part = gated(plan, members, scale=1.0)
-        table = choose_components(
-            part, attempt=self._attempt, runtime=self._runtime, progress=self._progress
-        )
-        chosen = picks(part, table)
-        return self._blend(
-            {
-                parameter.id: tuple(
-                    Ingredient(
-                        revision=p.revision,
-                        # Vectors are averaged, as assembling does.
-                        weight=p.weight / (1 if decomposed else len(members)),
-                        count=len(p.indices),
-                    )
-                    for p in chosen.get(parameter.id, ())
-                )
-                for parameter in plan.parameters
-                for decomposed in (parameter.action is Action.DECOMPOSE,)
-            }
-        )
+    def _merged(self, members: Sequence[str]) -> Blend:
+        return merged_blend(
+            self._plan, members, attempt=self._attempt, runtime=self._runtime,
+            progress=self._progress,
+        )  # fmt: skip
 
     def _near_duplicates(self) -> list[tuple[str, str, float]]:
         plan = self._plan
@@ -282,6 +264,37 @@ def _verdict(ranks: Sequence[SourceRank]) -> str:
             "yet its interval includes no gain."
         )
     return "None helps: the base model serves this target best."
+
+
+def merged_blend(
+    plan: Plan,
+    members: Sequence[str],
+    *,
+    attempt: str,
+    runtime: Runtime,
+    progress: Progress,
+) -> Blend:
+    """The merge of some sources (revisions) at strength 1, as assembling it would make it."""
+    part = gated(plan, members, scale=1.0)
+    table = choose_components(part, attempt=attempt, runtime=runtime, progress=progress)
+    chosen = picks(part, table)
+    return Blend(
+        store=plan.store,
+        base_key=plan.base_key,
+        parameters=plan.parameters,
+        ingredients={
+            p.id: tuple(
+                Ingredient(
+                    revision=pick.revision,
+                    # Vectors are averaged, as assembling does.
+                    weight=pick.weight / (1 if p.action is Action.DECOMPOSE else len(members)),
+                    count=len(pick.indices),
+                )
+                for pick in chosen.get(p.source_id, ())
+            )
+            for p in plan.parameters
+        },
+    )
 
 
 def gated(plan: Plan, members: Sequence[str], *, scale: float) -> Plan:

@@ -204,7 +204,7 @@ class Run:
             self.plan.recipe,
             base=self.plan.base,
             sources=[s.checkpoint for s in self.plan.sources],
-            matrices=[p.id for p in self.plan.parameters if p.action == "decompose"],
+            matrices=[p.id for p in self.plan.parameters if p.is_factored],
             run_folder=self.plan.run_folder,
             use_ray=self._runtime.address != "none",
             progress=self._progress,
@@ -270,6 +270,20 @@ def run(recipe: Recipe, *, address: str = "local", progress: Progress = SILENT) 
     prepare(recipe, address=address)  # its faults are told before Ray starts
     with open_runtime(address) as runtime:
         return Run(recipe, runtime=runtime, progress=progress).all()
+
+
+def run_stage(
+    recipe: Recipe, stage: str, *, address: str = "local", progress: Progress = SILENT
+) -> RunReport:
+    """One stage of a recipe by its name: `decompose`, `select`, `assemble` or `tune`.
+
+    Raises:
+        SvdmergeError: as `run`, or what the stage needs was not done yet.
+    """
+    prepare(recipe, address=address)
+    with open_runtime(address) as runtime:
+        attempt = Run(recipe, runtime=runtime, progress=progress)
+        return attempt.attempt(getattr(attempt, stage))
 
 
 def rank(
@@ -378,13 +392,9 @@ def out_name(plan: Plan) -> str:
 
 def _summary(plan: Plan) -> str:
     p = plan.recipe.parameters
-    if plan.recipe.merge_method == "average":
-        return f"The plain average of {len(plan.sources)} models' differences to their base."
     share = f"{p.k:.4g} of each matrix's rank" if isinstance(p.k, float) else f"{p.k} per matrix"
-    return (
-        f"AXIS merge (arXiv 2508.19353) of {len(plan.sources)} models of one base: their "
-        f"differences' most salient rank-one components ({share}, by {p.salience}), "
-        "re-orthogonalised; vectors are averaged."
+    return plan.method.summary.format(
+        n=len(plan.sources), k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
     )
 
 
@@ -406,7 +416,7 @@ def _plan_json(plan: Plan) -> bytes:
     import json
 
     fields: dict[str, Any] = estimate(plan).to_json() | {
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": plan.recipe.dump(),
         "base": plan.base.revision,
         "sources": {s.reference: s.revision for s in plan.sources},
     }

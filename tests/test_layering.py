@@ -19,7 +19,7 @@ LEAVES = {"errors", "progress"}
 MAY_IMPORT = {
     "errors": set[str](),
     "progress": set[str](),
-    "recipe": {"core.params"},
+    "recipe": {"core.params", "core.methods.registry"},
     "core": set[str](),
     "storage": {"core"},
     "engine": {"core", "storage", "recipe"},

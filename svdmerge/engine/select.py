@@ -47,7 +47,7 @@ def load_selection(plan: Plan) -> pa.Table | None:
 
 
 def picks(plan: Plan, selection: pa.Table) -> dict[str, tuple[tasks.Pick, ...]]:
-    """What to read per matrix: sources by content, indices ascending.
+    """What to read per matrix (its `source_id`): sources by content, indices ascending.
 
     The order is that of the tensors' sha256, and of weights where sources share a tensor: sums do
     not depend on names or places of sources.
@@ -60,8 +60,13 @@ def picks(plan: Plan, selection: pa.Table) -> dict[str, tuple[tasks.Pick, ...]]:
         found.setdefault(parameter, {}).setdefault(key, []).append(index)
     return {
         parameter: tuple(
-            tasks.Pick(revision=source, weight=weights[source], indices=tuple(sorted(indices)))
-            for (_, _, source), indices in sorted(sources.items())
+            tasks.Pick(
+                revision=source,
+                weight=weights[source],
+                content=sha256,
+                indices=tuple(sorted(indices)),
+            )
+            for (sha256, _, source), indices in sorted(sources.items())
         )
         for parameter, sources in found.items()
     }
@@ -100,7 +105,8 @@ def _units(plan: Plan, *, attempt: str) -> Iterator[tasks.SelectUnit]:
             base_key=plan.base_key,
             attempt=attempt,
             sources=tuple((s.revision, s.weight) for s in plan.sources),
-            budgets=tuple((p, plan.budget(p)) for p in part),
+            budgets=tuple((p, plan.of_each(p)) for p in part),
+            takes=plan.method.takes,
             salience=plan.salience,
         )
 
