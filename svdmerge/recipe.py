@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -104,16 +105,39 @@ class Resources(Section):
     memory: Bytes = 2 << 30
 
 
+class Target(BaseModel):
+    """One of many targets: its name, and the keys of `tune` that differ for it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+    """Of its folder too."""
+
+
+def _target(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _unique(targets: tuple[Target, ...]) -> tuple[Target, ...]:
+    names = [target.name for target in targets]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{twice[0]}: two targets have this name")
+    return targets
+
+
+_UNIQUE = AfterValidator(_unique)
+
+
 class TuneConfig(Section):
-    """Training of singular values for one target."""
+    """Training of singular values for one target, or for many that share settings."""
 
     task: Literal["text", "tensor"] = "text"
     """`text`: tokenised, features are means over tokens; `tensor`: the column goes in as it is."""
     model: str = "transformers:AutoModel"
     """A transformers class, or `package.module:callable` that builds a backbone from its config."""
-    train: str
+    train: str = ""
     """Parquet file of training examples."""
-    test: str
+    test: str = ""
     """Parquet file that accuracy is measured on; never trained or selected on."""
     input: str = "text"
     """Column of the inputs."""
@@ -142,7 +166,49 @@ class TuneConfig(Section):
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints."""
     out: str | None = None
-    """Folder of the adapted model; `<out>-tuned` by default."""
+    """Folder of the adapted model; `<out>-tuned` by default. Of many targets, a folder for each."""
+    save: Annotated[tuple[Literal["adapter", "model", "peft"], ...] | None, Field(min_length=1)] = (
+        None
+    )
+    """What is written beside head and `tune.json`: the adapter (changes of singular values), the
+    full model, a PEFT LoRA adapter. Default: adapter and model; of many targets, adapters alone."""
+    targets: Annotated[tuple[Annotated[Target, BeforeValidator(_target)], ...], _UNIQUE] = ()
+    """Many targets that share this section: names, or mappings of a name and what differs.
+
+    `{name}` in `train`, `test` and `out` becomes the target's name.
+    """
+
+    @model_validator(mode="after")
+    def _targets_are_whole(self) -> "TuneConfig":
+        if not self.targets and (missing := [k for k in ("train", "test") if not getattr(self, k)]):
+            raise ValueError(f"{missing[0]}: Field required")
+        for target in self.targets:
+            try:
+                config = self.of(target)
+            except ValidationError as error:
+                told = "; ".join(_explain(_within("tune", fault)) for fault in error.errors())
+                raise ValueError(f"targets: {target.name}: {told}") from None
+            if config.num_workers != 1:
+                raise ValueError(f"targets: {target.name}: each is tuned in one process")
+        return self
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """What is written, by default too."""
+        return self.save or ("adapter", "model")
+
+    def of(self, target: Target) -> "TuneConfig":
+        """This section as it holds for one of its targets. Raises: ValidationError."""
+        own = dict(target.model_extra or {})
+        shared = self.model_dump(
+            mode="json", exclude={"targets"}, exclude_unset=True, exclude_none=True
+        )
+        fields = {"save": ["adapter"]} | shared | own
+        if "out" not in own and self.out is not None and "{name}" not in self.out:
+            fields["out"] = f"{self.out.rstrip('/')}/{target.name}"
+        places = {k: v for k in ("train", "test", "out") if isinstance(v := fields.get(k), str)}
+        filled = {key: place.replace("{name}", target.name) for key, place in places.items()}
+        return TuneConfig.model_validate(fields | filled)
 
 
 class Recipe(Section):
@@ -212,6 +278,11 @@ def parse_recipe(raw: dict[str, Any], *, origin: str = "recipe") -> Recipe:
     except ValidationError as error:
         faults = [_explain(fault) for fault in error.errors()]
         raise RecipeError(f"{origin}: {faults[0]}", *["; ".join(faults[1:])]) from None
+
+
+def _within(section: str, fault: Any) -> Any:
+    """The same fault, placed in a section of the recipe."""
+    return fault | {"loc": (section, *fault["loc"])}
 
 
 def _explain(fault: Any) -> str:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
     from svdmerge.engine.whatif import Outcome
     from svdmerge.report.run_report import RunReport
     from svdmerge.storage.maintenance import StoredSource
+    from svdmerge.training.targets import TargetOutcome, TargetsResult
     from svdmerge.verify import Check
 
 
@@ -83,7 +84,27 @@ def run_tables(report: "RunReport") -> list[Table]:
     kept = table("Components kept", columns=("source", "num"), rows=report.kept.items())
     tables = [stages] if report.stages else []
     tables += [kept] if report.kept else []
-    return tables + ([accuracy_table(report.tune.rows)] if report.tune is not None else [])
+    if report.tune is None:
+        return tables
+    of_many = hasattr(report.tune, "targets")
+    return [*tables, targets_table(report.tune) if of_many else accuracy_table(report.tune.rows)]
+
+
+def targets_table(found: "TargetsResult") -> Table:
+    """Every target's accuracies beside its adapter's size; a target that failed says so."""
+    return table(
+        "Accuracy on the targets' test examples",
+        columns=("target", "base", "best source", "merged", "tuned", "adapter"),
+        rows=(_target_row(target) for target in found.targets),
+    )
+
+
+def _target_row(target: "TargetOutcome") -> Sequence[object]:
+    if target.result is None:
+        return (target.name, "FAILED", "", "", "", target.error.splitlines()[0])
+    of = {r.name.partition(":")[0]: f"{r.accuracy:.3f}" for r in target.result.rows}
+    shown = (of.get(name, "") for name in ("base", "best source", "merged", "tuned"))
+    return (target.name, *shown, size(target.adapter_bytes))
 
 
 class AccuracyRow(Protocol):

@@ -142,18 +142,54 @@ class Run:
             raise StoreError(
                 f"{self.out.uri}: holds no merged model", "", "Run `svdmerge run` first."
             )
-        start = time.perf_counter()
-        self.report.tune = tune_plan(
-            self.plan.recipe,
-            base=self.plan.base,
-            sources=[s.checkpoint for s in self.plan.sources],
-            matrices=[p.id for p in self.plan.parameters if p.action == "decompose"],
-            run_folder=self.plan.run_folder,
-            use_ray=self._runtime.address != "none",
-            progress=self._progress,
-        )
+        config, start = self.plan.recipe.tune, time.perf_counter()
+        if config is not None and config.targets:
+            self._tune_targets()
+        else:
+            self.report.tune = tune_plan(
+                self.plan.recipe,
+                **self._tuned_parts(),
+                use_ray=self._runtime.address != "none",
+                progress=self._progress,
+            )
         seconds = time.perf_counter() - start
-        self.report.stages.append(StageReport(name="tune", num_units=1, seconds=seconds))
+        num_units = len(config.targets) if config is not None else 0
+        self.report.stages.append(
+            StageReport(name="tune", num_units=max(num_units, 1), seconds=seconds)
+        )
+
+    def _tune_targets(self) -> None:
+        """One task for each target; one that fails is reported, and the others go on."""
+        from svdmerge.training.targets import (
+            SUMMARY,
+            TargetsResult,
+            default_out,
+            failed_target,
+            target_units,
+            tune_target,
+        )
+
+        recipe = self.plan.recipe
+        units = target_units(recipe, **self._tuned_parts())
+        use_gpu = any(unit.config.use_gpu for unit in units)
+        outcomes = self._runtime.map(
+            tune_target, units, stage="tune", progress=self._progress, failed=failed_target,
+            num_gpus=int(use_gpu),
+        )  # fmt: skip
+        self.report.tune = result = TargetsResult(targets=tuple(outcomes))
+        if failed := result.failed:
+            names = ", ".join(t.name for t in failed)
+            self.report.status = f"failed: {len(failed)} of {len(units)} targets: {names}"
+        Folder.at(default_out(recipe)).put(SUMMARY, result.to_json().encode())
+
+    def _tuned_parts(self) -> Any:
+        """What tuning takes of the plan."""
+        return {
+            "base": self.plan.base,
+            "sources": [s.checkpoint for s in self.plan.sources],
+            "matrices": [p.id for p in self.plan.parameters if p.action == "decompose"],
+            "run_folder": self.plan.run_folder,
+        }
 
     def _all(self) -> None:
         if self._is_done():

@@ -31,7 +31,9 @@ from svdmerge.training.data import Examples
 from svdmerge.training.features import to_device
 
 # Settings that change where or how often, not what is trained.
-_PLACES = frozenset({"test", "out", "num_workers", "use_gpu", "checkpoint_every"})
+_PLACES = frozenset(
+    {"test", "out", "num_workers", "use_gpu", "checkpoint_every", "save", "targets"}
+)
 HEAD = "head-start.pt"
 
 
