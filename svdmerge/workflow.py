@@ -163,8 +163,8 @@ class Run:
         from svdmerge.training.targets import (
             SUMMARY,
             TargetsResult,
-            default_out,
             failed_target,
+            summary_out,
             target_units,
             tune_target,
         )
@@ -180,7 +180,7 @@ class Run:
         if failed := result.failed:
             names = ", ".join(t.name for t in failed)
             self.report.status = f"failed: {len(failed)} of {len(units)} targets: {names}"
-        Folder.at(default_out(recipe)).put(SUMMARY, result.to_json().encode())
+        summary_out(recipe).put(SUMMARY, result.to_json().encode())
 
     def _tuned_parts(self) -> Any:
         """What tuning takes of the plan."""

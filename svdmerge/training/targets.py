@@ -87,6 +87,7 @@ def target_units(
     config = recipe.tune
     if config is None or not config.targets:
         raise TrainingError("the recipe has no `tune.targets`", "", "List them, or use `train`.")
+    summary_out(recipe)
     merged = open_checkpoint(recipe.out)
     units: list[TargetUnit] = []
     for target in config.targets:
@@ -116,6 +117,23 @@ def target_units(
 def default_out(recipe: Recipe) -> str:
     """Where tuning writes if the recipe does not say."""
     return f"{recipe.out.rstrip('/')}-tuned"
+
+
+def summary_out(recipe: Recipe) -> Folder:
+    """Where the summary of all targets goes: the folder that holds theirs, unless each has its own.
+
+    Raises:
+        OutputError: that is a tuned model, which a later tuning would replace whole.
+    """
+    given = recipe.tune.out if recipe.tune is not None else None
+    out = Folder.at(given if given and "{name}" not in given else default_out(recipe))
+    if out.stat(TUNE) is not None:
+        raise OutputError(
+            f"{out.uri}: holds the tuned model of one target",
+            "The folders of many targets would lie in it.",
+            "Give another `out` in `tune`, or delete that folder.",
+        )
+    return out
 
 
 def _check_apart(units: Sequence[TargetUnit]) -> None:

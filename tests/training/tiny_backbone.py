@@ -61,3 +61,15 @@ def build_sequences(config: dict[str, Any]) -> nn.Module:
 
 def build_other(config: dict[str, Any]) -> nn.Module:
     return nn.ModuleDict({"net": TinyNet(config)})
+
+
+class Scaled(TinyNet):
+    """A parameter that belongs to the model itself."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def build_scaled(config: dict[str, Any]) -> nn.Module:
+    return Scaled(config)
