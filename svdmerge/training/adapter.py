@@ -21,7 +21,7 @@ from svdmerge.storage.hf_model import load_factors
 from svdmerge.storage.manifest import Committed
 
 TUNE, ADAPTER, HEAD = "tune.json", "adapter.safetensors", "head.safetensors"
-_SUFFIX = ".sigma_change"
+_SUFFIX, _METADATA = ".sigma_change", "svdmerge"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,13 +81,13 @@ def factors_digest(factors: Committed) -> str:
 def adapter_bytes(adapter: Adapter) -> bytes:
     """The adapter as a safetensors file: equal adapters give equal bytes."""
     tensors = {f"{n}{_SUFFIX}": d.contiguous() for n, d in sorted(adapter.sigma_change.items())}
-    metadata = {
-        "format": "pt",
+    fields = {
         "factors_sha256": adapter.factors_sha256,
-        "null_space": str(adapter.null_space).lower(),
-        "seed": str(adapter.seed),
+        "null_space": adapter.null_space,
+        "seed": adapter.seed,
     }
-    return files.save(tensors, metadata=metadata)
+    # One key: safetensors writes several in an order that differs from one process to the next.
+    return files.save(tensors, metadata={_METADATA: json.dumps(fields)})
 
 
 def load_adapter(folder: Folder) -> Adapter:
@@ -100,12 +100,12 @@ def load_adapter(folder: Folder) -> Adapter:
         data = folder.read(ADAPTER)
         tensors = files.load(data)
         length = int.from_bytes(data[:8], "little")
-        metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+        held = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_METADATA])
         return Adapter(
             sigma_change={name.removesuffix(_SUFFIX): d for name, d in tensors.items()},
-            factors_sha256=metadata["factors_sha256"],
-            null_space=metadata["null_space"] == "true",
-            seed=int(metadata["seed"]),
+            factors_sha256=str(held["factors_sha256"]),
+            null_space=bool(held["null_space"]),
+            seed=int(held["seed"]),
         )
     except FileNotFoundError:
         raise OutputError(
@@ -113,7 +113,7 @@ def load_adapter(folder: Folder) -> Adapter:
             "Expected a folder that `svdmerge tune` wrote with `save: [adapter, ...]`.",
             "Give its `out`, or tune again.",
         ) from None
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise OutputError(
             f"{folder.uri}/{ADAPTER}: malformed", str(error), "Tune again, or copy it again."
         ) from None

@@ -27,6 +27,7 @@ from svdmerge.training.backbone import Backbone, build_backbone
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_WAYS_OUT = "Export the full model or `peft-on-merged`, or keep that tensor the base's by a policy."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,7 +87,9 @@ def _adapted(adapted: Adapted, backbone: Backbone) -> _Parts:
     weights = {f"{path}.weight" for path in lora}
     changed = [n for n, own in names.items() if own not in weights and _changed(n, adapted)]
     of_lora = {n for n in changed if _owner(names[n]) in lora and names[n].endswith(".bias")}
-    modules = _closed([_owner_of(n, names[n]) for n in changed if n not in of_lora], backbone)
+    modules = _closed(
+        [_owner_of(n, names[n]) for n in changed if n not in of_lora], backbone.module
+    )
     kept = {path: c for path, c in lora.items() if not _inside(path, modules)}
     return _Parts(
         lora=kept,
@@ -176,16 +179,31 @@ def _owner_of(name: str, own: str) -> str:
     raise OutputError(
         f"{name}: the merge changed it, and it belongs to no module that PEFT could save",
         "A PEFT adapter carries matrices, their biases, and whole modules.",
-        "Export the full model, or a PEFT adapter on the merged model.",
+        _WAYS_OUT,
     )
 
 
-def _closed(modules: Iterable[str], backbone: Backbone) -> tuple[str, ...]:
-    """The outermost of the modules, and all that PEFT takes for them: it compares endings."""
-    wanted = set(modules)
-    names = [name for name, _ in backbone.module.named_modules() if name]
+def _closed(modules: Iterable[str], model: nn.Module) -> tuple[str, ...]:
+    """The outermost of the modules, and all that PEFT takes for them: it compares endings.
+
+    Raises:
+        OutputError: one that it would take so lies in another; PEFT cannot load such an adapter.
+    """
+    wanted = _outermost(modules)
+    names = [name for name, _ in model.named_modules() if name]
     found = {name for name in names if any(name.endswith(w) for w in wanted)}
-    return tuple(sorted(n for n in found if not _inside(_owner(n), found)))
+    if nested := sorted(n for n in found if _inside(_owner(n), found)):
+        raise OutputError(
+            f"{nested[0]}: PEFT would save it twice, by itself and as a part of another module",
+            f"It takes modules by the ending of their names; changed are {', '.join(wanted)}.",
+            _WAYS_OUT,
+        )
+    return tuple(sorted(found))
+
+
+def _outermost(modules: Iterable[str]) -> list[str]:
+    wanted = set(modules)
+    return sorted(m for m in wanted if not _inside(_owner(m), wanted))
 
 
 def _inside(path: str, modules: Iterable[str]) -> bool:

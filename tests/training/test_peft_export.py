@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_backbone import Scaled
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -16,10 +17,8 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
-    ViTConfig,
-    ViTModel,
 )
-from tune_case import put_factors
+from tune_case import make_case, put_factors, save_model
 
 from svdmerge.core import svd
 from svdmerge.core.components import RankOneComponents
@@ -36,10 +35,6 @@ peft = pytest.importorskip("peft")
 BERT = BertConfig(
     vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
     intermediate_size=24, max_position_embeddings=12,
-)  # fmt: skip
-VIT = ViTConfig(
-    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-    image_size=16, patch_size=8,
 )  # fmt: skip
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
 IDS = {"input_ids": torch.arange(24).reshape(2, 12) % 20}
@@ -81,9 +76,7 @@ def adapted(
     config = TuneConfig(train="-", test="-", model="transformers:AutoModel")
     stored = put_factors(Folder.at(root / "factors"), factors)
     stored_changes = {
-        n: RankOneComponents(
-            u=(c := stored.read(n, range(len(change)))).u, s=change.s, vh=c.vh
-        )
+        n: RankOneComponents(u=(c := stored.read(n, range(len(change)))).u, s=change.s, vh=c.vh)
         for n, change in changes.items()
     }
     return Adapted(
@@ -118,14 +111,13 @@ def loaded(kind: type[PreTrainedModel], on: Path, adapter: Path) -> Any:
     [
         (BertModel, BERT, IDS),
         (GPT2Model, GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=12), IDS),
-        (ViTModel, VIT, {"pixel_values": IMAGES}),
         (
             ResNetModel,
             ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
             {"pixel_values": IMAGES},
         ),
     ],
-    ids=["linear", "transposed", "a module's own parameter", "convolutions"],
+    ids=["linear", "transposed", "convolutions"],
 )
 def test_base_and_adapter_give_the_adapted_models_features(
     tmp_path: Path, kind: type[PreTrainedModel], config: Any, inputs: dict[str, Tensor]
@@ -165,19 +157,29 @@ def test_ranks_are_each_matrixs_own_and_a_changed_value_costs_none(tmp_path: Pat
 
 
 def test_a_changed_tensor_of_no_module_is_refused_by_name(tmp_path: Path) -> None:
-    import tune_case
+    found = scaled(tmp_path, {"scale": torch.zeros(1)})
+    with pytest.raises(OutputError, match="scale: the merge changed it"):
+        write_peft(Folder.at(tmp_path / "peft"), found, on_merged=False)
+    assert not (tmp_path / "peft").exists()
 
-    case = tune_case.make_case(tmp_path)
-    state = load_file(tmp_path / "base" / "model.safetensors") | {"scale": torch.ones(1)}
-    moved = load_file(tmp_path / "merged" / "model.safetensors") | {"scale": torch.zeros(1)}
-    for name, tensors in (("base", state), ("merged", moved)):
-        tune_case.save_model(tmp_path / name, tensors, {})
-    found = Adapted(
-        base=open_checkpoint(str(tmp_path / "base")),
-        merged=open_checkpoint(str(tmp_path / "merged")),
-        factors=case.factors,
+
+def test_a_module_that_peft_would_save_twice_is_refused_by_name(tmp_path: Path) -> None:
+    # Of `outer` a tensor of its own changed; PEFT takes `outer.in_outer` for it too.
+    found = scaled(tmp_path, {"outer.gain": torch.zeros(1)})
+    with pytest.raises(OutputError, match=r"outer\.in_outer: PEFT would save it twice"):
+        write_peft(Folder.at(tmp_path / "peft"), found, on_merged=False)
+
+
+def scaled(root: Path, moved: dict[str, Tensor]) -> Adapted:
+    """A merge that changed nothing but tensors that lie in no layer."""
+    case = make_case(root)
+    state = {name: t.contiguous() for name, t in Scaled({}).state_dict().items()}
+    for name, tensors in (("base", state), ("merged", state | moved)):
+        save_model(root / name, tensors, {})
+    return Adapted(
+        base=open_checkpoint(str(root / "base")),
+        merged=open_checkpoint(str(root / "merged")),
+        factors=put_factors(Folder.at(root / "none"), {}),
         config=case.config(model="tiny_backbone:build_scaled"),
         changes={},
     )
-    with pytest.raises(OutputError, match="scale: the merge changed it"):
-        write_peft(Folder.at(tmp_path / "peft"), found, on_merged=False)
