@@ -106,12 +106,16 @@ def export_adapter(tuned: str, to: str, *, form: Form, places: Mapping[str, str 
         )
     adapted = open_adapted(tuned, **places)
     staged = staging(out, plan_hash="exported")
-    if form == "model":
-        write_model(staged, adapted, scratch=staged.child(".change"))
-    else:
-        write_peft(staged, adapted, on_merged=form == "peft-on-merged")
-    if Folder.at(tuned).stat(HEAD) is not None:
-        staged.put(HEAD, Folder.at(tuned).read(HEAD))
+    try:
+        if form == "model":
+            write_model(staged, adapted, scratch=staged.child(".change"))
+        else:
+            write_peft(staged, adapted, on_merged=form == "peft-on-merged")
+        if Folder.at(tuned).stat(HEAD) is not None:
+            staged.put(HEAD, Folder.at(tuned).read(HEAD))
+    except BaseException:
+        staged.remove()
+        raise
     _publish(staged, out)
     return out
 
