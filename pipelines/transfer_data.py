@@ -2,10 +2,10 @@
 
     python pipelines/transfer_data.py TEXT_FOLDER OUT
 
-TEXT_FOLDER holds NAME-train.parquet and NAME-test.parquet with columns text, label. OUT/sources gets
-the rows that sources may be trained on, OUT/targets those that targets draw their examples from; test
-rows are copied unchanged. Only the datasets that are both source and target (clinc150, banking77) are
-cut: of every class, at most POOL rows and at most half go to the target.
+TEXT_FOLDER holds NAME-train.parquet and NAME-test.parquet with columns text, label. OUT/sources
+gets the rows that sources may be trained on, OUT/targets those that targets draw examples from;
+test rows are copied unchanged. Only the datasets that are both source and target (clinc150,
+banking77) are cut: of every class, at most POOL rows and at most half go to the target.
 """
 
 import hashlib

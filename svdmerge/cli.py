@@ -125,6 +125,31 @@ def tune(
 
 
 @app.command()
+def rank(
+    recipe: RecipePath,
+    examples: Annotated[
+        str | None, typer.Option(help="Examples of the target; `tune.train` by default.")
+    ] = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show which sources help a target, with intervals, and whether none does."""
+
+    def work() -> None:
+        from svdmerge.recipe import load_recipe
+        from svdmerge.tables import ranking_tables
+        from svdmerge.workflow import rank as ranking_of
+
+        found = ranking_of(
+            load_recipe(recipe), examples=examples, address=address, progress=_progress()
+        )
+        _show(as_json, lambda: json.loads(found.to_json()), lambda: ranking_tables(found))
+
+    _guard(work, verbose=verbose)
+
+
+@app.command()
 def whatif(
     recipe: RecipePath,
     k: Annotated[str, typer.Option("--k", help="Budgets, by commas: 16,38,10%.")],

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from svdmerge.core.methods.registry import METHODS
 from svdmerge.core.params import Policy
 from svdmerge.errors import RecipeError
 
@@ -54,6 +55,14 @@ def parse_bytes(value: object) -> int:
     return size
 
 
+def parse_density(value: object) -> float:
+    """`20%` -> 0.2, `0.2` -> 0.2, `1` -> 1.0: a share, of entries."""
+    share = parse_share(value)
+    if share > 1:
+        raise ValueError(f"got {value!r}; expected a share such as 20% or 0.2")
+    return float(share)
+
+
 Share = Annotated[int | float, BeforeValidator(parse_share)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
@@ -81,12 +90,16 @@ class Parameters(Section):
 
     k: Share = 0.1
     """Components kept per matrix: a share of its rank, or a count."""
-    salience: Literal["sigma", "relative"] = "sigma"
-    """What ranks components: the singular value, or that over the matrix's Frobenius norm."""
+    salience: Literal["sigma", "relative", "target"] = "sigma"
+    """What ranks components: the singular value, or that over the matrix's Frobenius norm, or the
+    singular value in those sources alone that the target's examples ask for."""
     scope: Literal["layer"] = "layer"
     """Where components compete: within each matrix."""
-    scale: PositiveFloat = 1.0
-    """Strength of the whole merged difference."""
+    scale: PositiveFloat | Literal["auto"] = 1.0
+    """Strength of the whole merged difference: lambda of task arithmetic, alpha of Iso-C;
+    `auto`: what the target's examples ask for."""
+    density: Annotated[float, BeforeValidator(parse_density)] | None = None
+    """Share of entries that ties, knots, core_space and dare keep; the method's own by default."""
     svd: Literal["exact", "truncated"] = "exact"
     """Solver: a full SVD, or a randomized one of just the needed depth."""
 
@@ -214,7 +227,10 @@ class TuneConfig(Section):
 class Recipe(Section):
     """A merge, whole."""
 
-    merge_method: Literal["axis", "average"] = "axis"
+    merge_method: Literal[
+        "axis", "average", "task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "svc",
+        "knots", "core_space",
+    ] = "axis"  # fmt: skip
     base_model: str = Field(min_length=1)
     models: Annotated[
         tuple[Annotated[SourceModel, BeforeValidator(_source)], ...], Field(min_length=1)
@@ -228,13 +244,53 @@ class Recipe(Section):
     resources: Resources = Resources()
     tune: TuneConfig | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _published_defaults(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """What the method uses and the recipe does not set is as its paper has it."""
+        method = METHODS.get(str(raw.get("merge_method", "axis")))
+        given = raw.get("parameters", {})
+        if method is None or not isinstance(given, dict):
+            return raw  # refused in the fields' own words
+        published = {"k": method.k, "density": method.density}
+        own = {name: published[name] for name in published.keys() & method.parameters}
+        return raw | {"parameters": own | given}
+
     @model_validator(mode="after")
-    def _tune_needs_factors(self) -> "Recipe":
-        if self.tune is not None and self.merge_method != "axis":
+    def _parameters_are_the_methods(self) -> "Recipe":
+        used = METHODS[self.merge_method].parameters
+        if unused := sorted(self.parameters.model_fields_set - used):
             raise ValueError(
-                f"tune: {self.merge_method} leaves no singular values to train; use axis"
+                f"parameters.{unused[0]}: {self.merge_method} does not use it; "
+                f"it takes {', '.join(sorted(used))}"
+            )
+        if "density" in used and self.parameters.density is None:
+            raise ValueError("parameters.density: got nothing; expected a share such as 20%")
+        return self
+
+    @model_validator(mode="after")
+    def _targets_need_examples(self) -> "Recipe":
+        if self.is_targeted and self.tune is None:
+            raise ValueError(
+                "parameters: `salience: target` and `scale: auto` need the target's examples; "
+                "add a `tune` section"
+            )
+        if self.is_targeted and self.tune is not None and self.tune.targets:
+            raise ValueError(
+                "parameters: `salience: target` and `scale: auto` merge for one target; "
+                "give each a recipe, or leave `tune.targets` out"
+            )
+        if self.is_targeted and self.merge_method != "axis":
+            raise ValueError(
+                f"parameters: {self.merge_method} takes no `salience: target` or `scale: auto`; "
+                "use axis"
             )
         return self
+
+    @property
+    def is_targeted(self) -> bool:
+        """Whether the merge depends on the target's examples."""
+        return self.parameters.salience == "target" or self.parameters.scale == "auto"
 
     @property
     def rules(self) -> tuple[Policy, ...]:
@@ -247,9 +303,14 @@ class Recipe(Section):
         fields = self.model_dump(mode="json", exclude=skip) | {"threads": self.resources.threads}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
+    def dump(self) -> dict[str, Any]:
+        """The recipe as plain values, with every default that its method uses."""
+        unused = Parameters.model_fields.keys() - METHODS[self.merge_method].parameters
+        return self.model_dump(mode="json", exclude={"parameters": unused})
+
     def dump_yaml(self) -> str:
         """The recipe with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(self.dump(), sort_keys=False)
 
 
 def load_recipe(path: str | Path) -> Recipe:

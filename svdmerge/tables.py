@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.table import Table
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
     from svdmerge.engine.whatif import Outcome
     from svdmerge.report.run_report import RunReport
     from svdmerge.storage.maintenance import StoredSource
+    from svdmerge.targeting import Ranking
     from svdmerge.training.targets import TargetOutcome, TargetsResult
     from svdmerge.verify import Check
 
@@ -70,8 +71,8 @@ def plan_tables(found: "Estimate") -> list[Table]:
     return [tensors, costs, *([ignored] if found.ignored else [])]
 
 
-def run_tables(report: "RunReport") -> list[Table]:
-    """Stages, what was kept of whom, and the accuracies where a target was tuned."""
+def run_tables(report: "RunReport") -> list[Any]:
+    """Stages, who helps the target, what was kept of whom, and accuracies if it was tuned."""
     stages = table(
         "Stages",
         columns=("stage", "units", "matrices", "read", "stored", "seconds"),
@@ -82,7 +83,9 @@ def run_tables(report: "RunReport") -> list[Table]:
         ),
     )  # fmt: skip
     kept = table("Components kept", columns=("source", "num"), rows=report.kept.items())
-    tables = [stages] if report.stages else []
+    tables: list[Any] = [stages] if report.stages else []
+    tables += ranking_tables(report.ranking) if report.ranking is not None else []
+    tables += [report.adaptation.verdict] if report.adaptation is not None else []
     tables += [kept] if report.kept else []
     if report.tune is None:
         return tables
@@ -120,6 +123,25 @@ class AccuracyRow(Protocol):
     def trained_with_head(self) -> int: ...
     @property
     def seconds(self) -> float: ...
+
+
+def ranking_tables(found: "Ranking") -> list[Any]:
+    """Sources by their help for a target, near-duplicates, and what it comes to."""
+    rows = [
+        (s.name, f"{s.loss:.4f}", f"{s.gain:+.4f}", f"{s.low:+.4f} .. {s.high:+.4f}")
+        for s in found.sources
+    ]
+    parts: list[Any] = [
+        table(
+            f"Held-out loss of {found.num_examples} examples, in nats (base {found.base_loss:.4f})",
+            columns=("source", "loss", "gain", "95 % interval"),
+            rows=rows,
+        )
+    ]
+    if found.near_duplicates:
+        alike = [(a, b, f"{cosine:.2f}") for a, b, cosine in found.near_duplicates]
+        parts.append(table("Near-duplicates", columns=("source", "and", "overlap"), rows=alike))
+    return [*parts, found.verdict]
 
 
 def accuracy_table(rows: Iterable[AccuracyRow]) -> Table:

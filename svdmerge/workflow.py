@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +18,9 @@ from svdmerge.engine.estimate import estimate
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
 from svdmerge.engine.tasks import Receipt
-from svdmerge.errors import ResourceError, StoreError, SvdmergeError
+from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeError
 from svdmerge.progress import SILENT, Progress
-from svdmerge.recipe import Recipe
+from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import model_card
 from svdmerge.report.run_report import RunReport, StageReport
 from svdmerge.storage.filesystem import Folder
@@ -35,6 +35,9 @@ from svdmerge.storage.output import (
     written_files,
 )
 
+if TYPE_CHECKING:
+    from svdmerge.targeting import Ranking, Targeting
+
 DONE = "DONE"
 
 
@@ -43,6 +46,8 @@ class Run:
 
     def __init__(self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT) -> None:
         self.plan: Plan = prepare(recipe, address=runtime.address)
+        self._merged = self.plan
+        """The plan as the target's examples changed it: other weights, another strength."""
         self.out = Folder.at(recipe.out)
         self._runtime, self._progress = runtime, progress
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
@@ -82,6 +87,55 @@ class Run:
             lambda: decompose(self.plan, runtime=self._runtime, progress=self._progress),
         )
 
+    def rank(self, config: TuneConfig | None = None) -> None:
+        """Rank the sources by their help for a target, the recipe's by default; the report has it.
+
+        Raises:
+            RecipeError: there are no examples.
+            TrainingError: they cannot be used.
+        """
+        if next(pending(self.plan), None):
+            self.decompose()
+        self._timed("rank", lambda: self._rank(self._targeting(config)))
+
+    def adapt(self) -> None:
+        """Choose sources and strength by the target's examples, where the recipe asks for it."""
+        if not self.plan.recipe.is_targeted:
+            return
+        from svdmerge import targeting
+
+        found = targeting.load(self.plan.run_folder)
+        if found is None:
+            judge = self._targeting(None)
+            self._timed("rank", lambda: self._rank(judge))
+            start = time.perf_counter()
+            found = judge.adapt()
+            seconds = time.perf_counter() - start
+            targeting.save(self.plan.run_folder, found)
+            self.report.stages.append(StageReport(name="adapt", num_units=1, seconds=seconds))
+        self.report.adaptation = found
+        self.report.warnings += targeting.warnings(found)
+        self._merged = targeting.adapted(self.plan, found)
+
+    def _rank(self, judge: "Targeting") -> list[Receipt]:
+        self.report.ranking = judge.rank()
+        return []
+
+    def _targeting(self, config: TuneConfig | None) -> "Targeting":
+        from svdmerge.targeting import Targeting
+
+        config = config or self.plan.recipe.tune
+        if config is None or not config.train or "{name}" in config.train:
+            raise RecipeError(
+                "ranking sources needs the target's examples",
+                "",
+                "Give --examples FILE, or add a `tune` section with `train`.",
+            )
+        return Targeting(
+            self.plan, config, runtime=self._runtime, progress=self._progress,
+            attempt=self._attempt,
+        )  # fmt: skip
+
     def select(self) -> pa.Table:
         """The selection. Raises: StoreError, if a source is not decomposed."""
         if missing := next(pending(self.plan), None):
@@ -90,12 +144,13 @@ class Run:
                 f"First missing: {missing.name}.",
                 "Run `svdmerge decompose` first.",
             )
+        self.adapt()
         table: list[pa.Table] = []
 
         def work() -> list[Receipt]:
             table.append(
                 select.select(
-                    self.plan,
+                    self._merged,
                     attempt=self._attempt,
                     runtime=self._runtime,
                     progress=self._progress,
@@ -112,7 +167,9 @@ class Run:
         Raises:
             StoreError: no selection was made.
         """
-        selection = selection if selection is not None else select.load_selection(self.plan)
+        if selection is None:
+            self.adapt()
+            selection = select.load_selection(self.plan)
         if selection is None:
             raise StoreError(
                 f"{self.plan.run_folder.uri}: holds no selection",
@@ -123,7 +180,7 @@ class Run:
         self._timed(
             "merge",
             lambda: assemble.merge_factors(
-                self.plan, selection, attempt=self._attempt, runtime=self._runtime,
+                self._merged, selection, attempt=self._attempt, runtime=self._runtime,
                 progress=self._progress,
             ),
         )  # fmt: skip
@@ -136,60 +193,25 @@ class Run:
         Raises:
             StoreError: the merge was not run.
         """
-        from svdmerge.training.stage import tune_plan
+        from svdmerge.training.targets import TargetsResult
+        from svdmerge.tuning import tune_recipe
 
         if read_manifest(self.out) is None:
             raise StoreError(
                 f"{self.out.uri}: holds no merged model", "", "Run `svdmerge run` first."
             )
-        config, start = self.plan.recipe.tune, time.perf_counter()
-        if config is not None and config.targets:
-            self._tune_targets()
-        else:
-            self.report.tune = tune_plan(
-                self.plan.recipe,
-                **self._tuned_parts(),
-                use_ray=self._runtime.address != "none",
-                progress=self._progress,
-            )
+        start = time.perf_counter()
+        self.report.tune = found = tune_recipe(
+            self.plan, runtime=self._runtime, progress=self._progress
+        )
+        failed, num_units = tuple[str, ...](), 1
+        if isinstance(found, TargetsResult):
+            failed, num_units = found.failed, len(found.targets)
+        if failed:
+            told = f"{len(failed)} of {num_units} targets: {', '.join(failed)}"
+            self.report.status = f"failed: {told}"
         seconds = time.perf_counter() - start
-        num_units = len(config.targets) if config is not None else 0
-        self.report.stages.append(
-            StageReport(name="tune", num_units=max(num_units, 1), seconds=seconds)
-        )
-
-    def _tune_targets(self) -> None:
-        """One task for each target; one that fails is reported, and the others go on."""
-        from svdmerge.training.targets import (
-            SUMMARY,
-            TargetsResult,
-            failed_target,
-            summary_out,
-            target_units,
-            tune_target,
-        )
-
-        recipe = self.plan.recipe
-        units = target_units(recipe, **self._tuned_parts())
-        use_gpu = any(unit.config.use_gpu for unit in units)
-        outcomes = self._runtime.map(
-            tune_target, units, stage="tune", progress=self._progress, failed=failed_target,
-            num_gpus=int(use_gpu),
-        )  # fmt: skip
-        self.report.tune = result = TargetsResult(targets=tuple(outcomes))
-        if failed := result.failed:
-            names = ", ".join(t.name for t in failed)
-            self.report.status = f"failed: {len(failed)} of {len(units)} targets: {names}"
-        summary_out(recipe).put(SUMMARY, result.to_json().encode())
-
-    def _tuned_parts(self) -> Any:
-        """What tuning takes of the plan."""
-        return {
-            "base": self.plan.base,
-            "sources": [s.checkpoint for s in self.plan.sources],
-            "matrices": [p.id for p in self.plan.parameters if p.action == "decompose"],
-            "run_folder": self.plan.run_folder,
-        }
+        self.report.stages.append(StageReport(name="tune", num_units=num_units, seconds=seconds))
 
     def _all(self) -> None:
         if self._is_done():
@@ -227,7 +249,8 @@ class Run:
     def _write(self, selection: pa.Table) -> list[Receipt]:
         plan, staged = self.plan, staging(self.out, plan_hash=self.plan.hash)
         written = assemble.write_model(plan, staged, runtime=self._runtime, progress=self._progress)
-        written += _side_files(plan, staged, selection, kept=self.report.kept)
+        found = pq_bytes(select.provenance(self._merged, selection))
+        written += _side_files(plan, staged, provenance=found, report=self.report)
         copy_side_files(plan.base, staged)
         publish(staged, self.out, manifest=_manifest(plan, staged, written))
         return []
@@ -248,6 +271,48 @@ def run(recipe: Recipe, *, address: str = "local", progress: Progress = SILENT) 
     prepare(recipe, address=address)  # its faults are told before Ray starts
     with open_runtime(address) as runtime:
         return Run(recipe, runtime=runtime, progress=progress).all()
+
+
+def run_stage(
+    recipe: Recipe, stage: str, *, address: str = "local", progress: Progress = SILENT
+) -> RunReport:
+    """One stage of a recipe by its name: `decompose`, `select`, `assemble` or `tune`.
+
+    Raises:
+        SvdmergeError: as `run`, or what the stage needs was not done yet.
+    """
+    prepare(recipe, address=address)
+    with open_runtime(address) as runtime:
+        attempt = Run(recipe, runtime=runtime, progress=progress)
+        return attempt.attempt(getattr(attempt, stage))
+
+
+def rank(
+    recipe: Recipe,
+    *,
+    examples: str | None = None,
+    address: str = "local",
+    progress: Progress = SILENT,
+) -> "Ranking":
+    """Sources by their help for the target whose examples a file holds, or the recipe's own.
+
+    With `examples`, settings of how they are read are those of the recipe's `tune` section.
+
+    Raises:
+        SvdmergeError: whatever is wrong with the recipe, the models, the store or the examples.
+    """
+    config = recipe.tune
+    if examples is not None:
+        config = (
+            TuneConfig(train=examples, test=examples)
+            if config is None
+            else config.model_copy(update={"train": examples, "per_class": None})
+        )
+    prepare(recipe, address=address)  # its faults are told before Ray starts
+    with open_runtime(address) as runtime:
+        run = Run(recipe, runtime=runtime, progress=progress)
+        run.attempt(lambda: run.rank(config))
+    return run.report.ranking
 
 
 def prepare(recipe: Recipe, *, address: str) -> Plan:
@@ -286,28 +351,39 @@ def _kept(plan: Plan, selection: pa.Table) -> dict[str, int]:
     return dict(sorted(kept.items()))
 
 
+def pq_bytes(table: pa.Table) -> bytes:
+    """The table as a parquet file."""
+    buffer = BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
 def _side_files(
-    plan: Plan, out: Folder, selection: pa.Table, *, kept: dict[str, int]
+    plan: Plan, out: Folder, *, provenance: bytes, report: RunReport
 ) -> list[WrittenFile]:
     """Card, resolved recipe and provenance."""
-    buffer = BytesIO()
-    pq.write_table(select.provenance(plan, selection), buffer, compression="zstd")
     recipe_yaml = plan.recipe.dump_yaml()
     card = model_card(
         title=out_name(plan),
         base=plan.base.reference,
         sources=[
-            (m.model, m.weight, kept.get(m.model, 0))
+            (m.model, m.weight, report.kept.get(m.model, 0))
             for m in sorted(plan.recipe.models, key=lambda m: m.model)
         ],
         recipe_yaml=recipe_yaml,
-        summary=_summary(plan),
+        summary=_summary(plan) + _chosen(report),
     )
     return [
-        assemble.put_file(out, PROVENANCE, buffer.getvalue()),
+        assemble.put_file(out, PROVENANCE, provenance),
         assemble.put_file(out, RECIPE, recipe_yaml.encode()),
         assemble.put_file(out, "README.md", card.encode()),
     ]
+
+
+def _chosen(report: RunReport) -> str:
+    if report.adaptation is None:
+        return ""
+    return f" Sources and strength by the target's examples: {report.adaptation.verdict}"
 
 
 def out_name(plan: Plan) -> str:
@@ -317,13 +393,9 @@ def out_name(plan: Plan) -> str:
 
 def _summary(plan: Plan) -> str:
     p = plan.recipe.parameters
-    if plan.recipe.merge_method == "average":
-        return f"The plain average of {len(plan.sources)} models' differences to their base."
     share = f"{p.k:.4g} of each matrix's rank" if isinstance(p.k, float) else f"{p.k} per matrix"
-    return (
-        f"AXIS merge (arXiv 2508.19353) of {len(plan.sources)} models of one base: their "
-        f"differences' most salient rank-one components ({share}, by {p.salience}), "
-        "re-orthogonalised; vectors are averaged."
+    return plan.method.summary.format(
+        n=len(plan.sources), k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
     )
 
 
@@ -345,7 +417,7 @@ def _plan_json(plan: Plan) -> bytes:
     import json
 
     fields: dict[str, Any] = estimate(plan).to_json() | {
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": plan.recipe.dump(),
         "base": plan.base.revision,
         "sources": {s.reference: s.revision for s in plan.sources},
     }

@@ -20,8 +20,8 @@ os.environ |= {
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
 }
 
-# Shapes and types in the core's signatures are executed. Before svdmerge.core is imported.
-install_import_hook("svdmerge.core", "beartype.beartype")
+# Shapes and types in these signatures are executed. Before any of them is imported.
+install_import_hook(["svdmerge.core", "svdmerge.peers"], "beartype.beartype")
 torch.set_num_threads(1)
 settings.register_profile(
     "svdmerge",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import tiny_base, tiny_source, write_model
 from torch import Tensor
 
+from svdmerge.core.methods.registry import METHODS
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.recipe import Recipe, parse_recipe
 from svdmerge.report.run_report import RunReport
@@ -42,10 +43,11 @@ class Bench:
 
     def raw(self, **changes: Any) -> dict[str, Any]:
         """The recipe as its YAML holds it."""
+        method = METHODS.get(str(changes.get("merge_method", "axis")))
         return {
             "base_model": str(self.base),
             "models": [str(s) for s in self.sources],
-            "parameters": {"k": K},
+            "parameters": {} if method is not None and "k" not in method.parameters else {"k": K},
             "store": str(self.store),
             "out": str(self.out),
         } | changes
@@ -148,7 +150,7 @@ def factor_deltas(plan: Plan) -> dict[str, np.ndarray]:
     return {
         p.id.removesuffix("#flat"): read_factors(committed, p).dense().numpy()
         for p in plan.parameters
-        if p.action in ("average", "decompose")
+        if p.action != "equal"
     }
 
 

@@ -19,17 +19,19 @@ LEAVES = {"errors", "progress"}
 MAY_IMPORT = {
     "errors": set[str](),
     "progress": set[str](),
-    "recipe": {"core.params"},
+    "recipe": {"core.params", "core.methods.registry"},
     "core": set[str](),
     "storage": {"core"},
     "engine": {"core", "storage", "recipe"},
     "training": {"core", "storage", "recipe"},
+    "peers": {"core"},
     "report": {"core", "storage", "recipe"},
 }
 FORBIDDEN = {
     "core": {"ray", "pyarrow", "fsspec", "safetensors", "huggingface_hub", "transformers", "yaml"},
     "storage": {"ray"},
     "report": {"ray"},
+    "peers": {"ray", "pyarrow", "fsspec", "safetensors", "huggingface_hub", "transformers", "yaml"},
 }
 # What a user waits for before anything is computed must not wait for torch or Ray.
 LIGHT_MODULES = ("svdmerge.recipe", "svdmerge.storage.checkpoint", "svdmerge.core.params")

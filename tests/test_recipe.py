@@ -348,6 +348,11 @@ def test_faulty_targets_are_told(tune: dict[str, Any], told: str) -> None:
     assert told in refusal(LEAST | {"tune": tune})
 
 
+def test_a_merge_for_one_target_is_not_tuned_for_many() -> None:
+    raw = LEAST | {"parameters": {"scale": "auto"}, "tune": SHARED | {"targets": ["mr"]}}
+    assert "merge for one target" in refusal(raw)
+
+
 # --- the digest ---
 
 

@@ -32,6 +32,11 @@ class RankOneComponents:
             u=self.u[:, start:stop], s=self.s[start:stop], vh=self.vh[start:stop]
         )
 
+    def scaled(self, factor: float) -> "RankOneComponents":
+        """The components times a factor, in float64."""
+        c = self.to(torch.float64)
+        return RankOneComponents(u=c.u, s=c.s * factor, vh=c.vh)
+
     def to(self, dtype: torch.dtype) -> "RankOneComponents":
         """The same components in another dtype."""
         return RankOneComponents(u=self.u.to(dtype), s=self.s.to(dtype), vh=self.vh.to(dtype))

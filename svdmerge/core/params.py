@@ -16,7 +16,9 @@ class Action(StrEnum):
     BASE = "base"  # the base's bytes; sources are not read
     EQUAL = "equal"  # the base's bytes, and a source that differs is an error
     AVERAGE = "average"  # base + mean of the sources' differences
-    DECOMPOSE = "decompose"  # rank-one components compete for the budget
+    DECOMPOSE = "decompose"  # a matrix: merged from sources' rank-one components
+    WHOLE = "whole"  # a matrix: merged from sources' whole differences, then decomposed
+    ELEMENTWISE = "elementwise"  # anything else: merged by the method's rule for entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +42,18 @@ class Parameter:
 
     @property
     def rank(self) -> int:
-        """Components the matrix can have; a tensor that is averaged travels as one."""
-        return 1 if self.action is Action.AVERAGE else min(self.m, self.n)
+        """Components a source can have; what travels as a whole difference is one."""
+        return min(self.m, self.n) if self.action is Action.DECOMPOSE else 1
+
+    @property
+    def source_id(self) -> str:
+        """Its id among sources' components: whole and decomposed, a store may hold it twice."""
+        return f"{self.id}#flat" if self.action is Action.WHOLE else self.id
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether its merged difference is an SVD, whose singular values can be tuned."""
+        return self.action in (Action.DECOMPOSE, Action.WHOLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +76,11 @@ def action_of(
     policies: Sequence[Policy],
     vocab_size: int | None,
     matrix_action: Action,
+    vector_action: Action = Action.AVERAGE,
 ) -> Action:
     """The action for a tensor: the first matching policy, else the defaults in order.
 
-    `matrix_action` is what the merge method does with matrices.
+    `matrix_action` is what the merge method does with matrices, `vector_action` with the rest.
 
     Raises:
         RecipeError: a policy refuses the tensor, or asks to merge integers.
@@ -88,7 +101,7 @@ def action_of(
         return Action.BASE
     if len(shape) in (2, 4) or (len(shape) == 3 and any("experts" in word for word in words)):
         return matrix_action
-    return Action.AVERAGE
+    return vector_action
 
 
 def _by_policy(name: str, *, rule: Policy, floating: bool, matrix_action: Action) -> Action:
@@ -111,13 +124,13 @@ def _by_policy(name: str, *, rule: Policy, floating: bool, matrix_action: Action
 def matrices(name: str, *, shape: Sequence[int], action: Action) -> tuple[Parameter, ...]:
     """The matrices of a tensor, in order.
 
-    Decomposed: 2-D as it is, a convolution kernel as (out, in*h*w), a 3-D stack slice by slice, a
-    vector as (1, n). Everything else travels flat, as (1, numel).
+    Decomposed, before merging or after: 2-D as it is, a convolution kernel as (out, in*h*w), a 3-D
+    stack slice by slice, a vector as (1, n). Everything else travels flat, as (1, numel).
     """
     numel = math.prod(shape)
-    if action is not Action.DECOMPOSE:
+    if action not in (Action.DECOMPOSE, Action.WHOLE):
         # Another id: a store may hold a matrix both decomposed and flat, for different methods.
-        key = f"{name}#flat" if action is Action.AVERAGE else name
+        key = name if action in (Action.BASE, Action.EQUAL) else f"{name}#flat"
         return (Parameter(id=key, tensor=name, start=0, m=1, n=numel, action=action),)
     if len(shape) < 2:
         return (Parameter(id=name, tensor=name, start=0, m=1, n=numel, action=action),)

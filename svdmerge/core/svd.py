@@ -12,6 +12,9 @@ from svdmerge.core.components import RankOneComponents
 PASSES = 4
 # Extra columns of the sketch beyond the wanted depth (Halko et al. 4.2 suggest 5 to 10).
 OVERSAMPLE = 8
+# Share of a merged difference's Frobenius norm that its factors may leave out: that of rounding
+# them to float32, in which they are stored.
+LEFT_OUT = 1e-7
 
 
 def exact(matrix: Float[Tensor, "m n"]) -> RankOneComponents:
@@ -25,6 +28,14 @@ def exact(matrix: Float[Tensor, "m n"]) -> RankOneComponents:
     if len(s):
         s = torch.where(s > s[0] * torch.finfo(s.dtype).eps * max(matrix.shape), s, 0.0)
     return _fix_signs(RankOneComponents(u=u, s=s, vh=vh))
+
+
+def factors(matrix: Float[Tensor, "m n"]) -> RankOneComponents:
+    """The leading components, to the least depth that leaves out no more than LEFT_OUT."""
+    found = exact(matrix)
+    # Norms of what each depth leaves out, summed from the smallest: exact for tiny tails.
+    rest = (found.s**2).flip(0).cumsum(0).flip(0).sqrt()
+    return found.slice(0, int((rest > LEFT_OUT * rest[:1]).sum()))
 
 
 def truncated(matrix: Float[Tensor, "m n"], *, depth: int, seed: int) -> RankOneComponents:

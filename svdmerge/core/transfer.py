@@ -46,6 +46,13 @@ class RidgeFit:
     """Scores of each example by the head fitted without it."""
     loo_error: Float[Tensor, " b"]
     """Mean over classes of its squared error when left out; 1/y - 1/y^2 is what guessing gets."""
+    log_loss: Float[Tensor, " b"]
+    """Cross-entropy of its calibrated left-out scores, in nats; ln y is what guessing gets.
+
+    What models are compared by. On 150 classes it ordered nineteen merges as their test accuracy
+    did (Spearman 0.97) where the squared error did not (-0.14): with many classes that is mostly
+    how far the scores fall short of 1, not which of them is the largest.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,11 +94,14 @@ def ridge(
     shrunk = (spectrum.s / (spectrum.s**2 + penalty))[:, None] * spectrum.inside
     weight = (spectrum.qh.T @ shrunk).T
     bias = one_hot.mean(dim=0) - weight @ x.mean(dim=0)
+    left_out = one_hot - residuals
+    calibrated = left_out * sharpness(left_out, labels=labels)
     return RidgeFit(
         head=LinearHead(weight=weight, bias=bias),
         penalty=penalty,
-        left_out=one_hot - residuals,
+        left_out=left_out,
         loo_error=residuals.square().mean(dim=1),
+        log_loss=torch.nn.functional.cross_entropy(calibrated, labels.long(), reduction="none"),
     )
 
 

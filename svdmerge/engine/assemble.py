@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
+from svdmerge.core.methods.merging import Merging
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine import tasks
-from svdmerge.engine.plan import Plan
+from svdmerge.engine.plan import Plan, merge_bytes
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import picks
 from svdmerge.progress import Progress
@@ -68,23 +69,20 @@ def _factor_unit(
 ) -> tasks.FactorUnit:
     return tasks.FactorUnit(
         name=f"merge [{number + 1}/{len(plan.groups)}]",
-        memory_bytes=max(_merge_bytes(plan, p) for p in parameters)
-        + sum(8 * plan.budget(p) * (p.m + p.n) for p in parameters),
+        memory_bytes=merge_bytes(plan, parameters),
         threads=plan.recipe.resources.threads,
         store=plan.store,
         base_key=plan.base_key,
         attempt=attempt,
         factors=plan.run_folder.child(FACTORS),
-        picks=tuple((p, chosen.get(p.id, ())) for p in parameters),
-        scale=plan.recipe.parameters.scale,
-        num_sources=len(plan.sources),
+        picks=tuple((p, chosen.get(p.source_id, ())) for p in parameters),
+        merging=Merging(
+            method=plan.recipe.merge_method,
+            num_sources=len(plan.sources),
+            scale=plan.scale,
+            density=plan.recipe.parameters.density or 1.0,
+        ),
     )
-
-
-def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
-    """Peak of merging one matrix: factors in float32 and float64, their Q, and the k x k core."""
-    k = plan.budget(parameter)
-    return 32 * k * (parameter.m + parameter.n) + 64 * k * k
 
 
 def _write_units(

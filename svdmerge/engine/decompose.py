@@ -29,7 +29,7 @@ def pending(plan: Plan) -> Iterator[tasks.DecomposeUnit]:
             # A matrix stored to a lesser depth goes on from there; the rest of its group is done.
             by_first: dict[int, list[Parameter]] = defaultdict(list)
             for parameter in group:
-                first = committed.depth(parameter.id)
+                first = committed.depth(parameter.source_id)
                 if first < plan.depth(parameter):
                     by_first[first].append(parameter)
             for first, parameters in sorted(by_first.items()):

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 from svdmerge.core.params import Action, Parameter
-from svdmerge.engine.plan import Plan, stored_bytes, unit_bytes
+from svdmerge.engine.plan import Plan, peak_bytes, stored_bytes
 
 # For the estimate of time: one core's float64 SVD and reading from a near disk. Measured on two
 # cores of a cloud machine (384 to 1536 wide); a guess elsewhere, and said to be one.
@@ -52,8 +52,10 @@ def estimate(plan: Plan) -> Estimate:
     num = len(plan.sources)
     bytes_of = {p.id: p.numel * _item_bytes(plan, p) for p in plan.parameters}
     read = 2 * num * sum(bytes_of.values())
-    flops = num * sum(svd_flops(p) for p in plan.parameters) + sum(
-        assemble_flops(p, k=plan.budget(p)) for p in plan.parameters
+    decomposed = [p for p in plan.parameters if p.action is Action.DECOMPOSE]
+    flops = num * sum(svd_flops(p) for p in decomposed) + sum(
+        merge_flops(p, k=plan.num_given(p)) + write_flops(p, k=plan.merged_depth(p))
+        for p in plan.parameters
     )
     return Estimate(
         plan_hash=plan.hash,
@@ -66,25 +68,27 @@ def estimate(plan: Plan) -> Estimate:
         store_bytes=num * sum(stored_bytes(p, depth=plan.depth(p)) for p in plan.parameters),
         output_bytes=plan.base.nbytes,
         flops=flops,
-        peak_task_bytes=max((unit_bytes(plan, g) for g in plan.groups), default=0),
+        peak_task_bytes=max((peak_bytes(plan, g) for g in plan.groups), default=0),
         cpu_seconds=flops / SVD_FLOPS_PER_S + read / READ_BYTES_PER_S,
     )
 
 
 def svd_flops(parameter: Parameter) -> float:
     """Of a full SVD with vectors: 4 m n^2 + 22 n^3 for m >= n (Golub and Van Loan, table 8.6.1)."""
-    if parameter.action is not Action.DECOMPOSE:
-        return 0.0
     long, short = max(parameter.m, parameter.n), min(parameter.m, parameter.n)
     return 4.0 * long * short**2 + 22.0 * short**3
 
 
-def assemble_flops(parameter: Parameter, *, k: int) -> float:
-    """Of two QRs, the core's SVD, and base + U diag(s) Vh."""
-    if parameter.action is not Action.DECOMPOSE:
-        return float(parameter.numel)
-    m, n = parameter.m, parameter.n
-    return 2.0 * m * n * k + 4.0 * (m + n) * k**2 + 22.0 * k**3
+def merge_flops(parameter: Parameter, *, k: int) -> float:
+    """Of two QRs of k components and the core's SVD; of a merged whole difference's SVD."""
+    if parameter.action is Action.DECOMPOSE:
+        return 4.0 * (parameter.m + parameter.n) * k**2 + 22.0 * k**3
+    return svd_flops(parameter) if parameter.is_factored else float(parameter.numel)
+
+
+def write_flops(parameter: Parameter, *, k: int) -> float:
+    """Of base + U diag(s) Vh."""
+    return 2.0 * parameter.numel * k if parameter.is_factored else float(parameter.numel)
 
 
 def _item_bytes(plan: Plan, parameter: Parameter) -> int:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from svdmerge.core.methods.actions import MATRIX_ACTION
+from svdmerge.core.methods.registry import METHODS, Method, Takes
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
-from svdmerge.recipe import Recipe
+from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import FLOATING, Checkpoint, TensorRef, open_checkpoint
 from svdmerge.storage.filesystem import Folder
@@ -68,13 +68,48 @@ class Plan:
         depth = self.recipe.parameters.k if solver == "truncated" else None
         return layout.base_key(self.base.revision, solver=solver, depth=depth)
 
+    @property
+    def scale(self) -> float:
+        """Strength of the merged difference; 1 until the examples have chosen it."""
+        scale = self.recipe.parameters.scale
+        return 1.0 if scale == "auto" else scale
+
+    @property
+    def salience(self) -> str:
+        """What ranks components: a target's examples weigh whole sources, by weight."""
+        salience = self.recipe.parameters.salience
+        return "sigma" if salience == "target" else salience
+
+    @property
+    def method(self) -> Method:
+        """What the recipe's merge method takes of its sources."""
+        return METHODS[self.recipe.merge_method]
+
     def budget(self, parameter: Parameter) -> int:
-        """Components kept of a matrix, of all sources together."""
+        """Components of a matrix that the recipe's k stands for."""
         return budget(self.recipe.parameters.k, rank=parameter.rank)
 
+    def of_each(self, parameter: Parameter) -> int:
+        """The most components that one source can give."""
+        return self.method.of_each(self.budget(parameter), num_sources=len(self.sources))
+
     def depth(self, parameter: Parameter) -> int:
-        """Components stored of each source: the budget in whole blocks, at most the rank."""
-        return min(parameter.rank, -(-self.budget(parameter) // BLOCK) * BLOCK)
+        """Components stored of each source: what it can give in whole blocks, at most the rank."""
+        # What a sketch finds depends on its depth: that must not follow the number of sources.
+        sketched = self.recipe.parameters.svd == "truncated"
+        needed = self.budget(parameter) if sketched else self.of_each(parameter)
+        return min(parameter.rank, -(-needed // BLOCK) * BLOCK)
+
+    def num_given(self, parameter: Parameter) -> int:
+        """The most components that all sources together give."""
+        pooled = self.method.takes is Takes.POOLED
+        return self.of_each(parameter) * (1 if pooled else len(self.sources))
+
+    def merged_depth(self, parameter: Parameter) -> int:
+        """The most components that the merged difference can have."""
+        if parameter.action is Action.DECOMPOSE:
+            return min(self.num_given(parameter), parameter.rank)
+        return min(parameter.m, parameter.n) if parameter.is_factored else 1
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -120,16 +155,40 @@ def decompose_bytes(parameter: Parameter, *, depth: int) -> int:
     Base and source as read and decoded, their difference, LAPACK's copy of it (float64), both sets
     of vectors, divide and conquer's workspace of about 4 r^2, and what is stored.
     """
-    m, n, r = parameter.m, parameter.n, min(parameter.m, parameter.n)
+    m, n = parameter.m, parameter.n
     read = 32 * m * n
     if parameter.action is not Action.DECOMPOSE:
         return read + 8 * m * n
-    return read + 8 * m * n + 8 * r * (m + n) + 32 * r * r + stored_bytes(parameter, depth=depth)
+    return read + 8 * m * n + _svd_bytes(m, n) + stored_bytes(parameter, depth=depth)
+
+
+def _svd_bytes(m: int, n: int) -> int:
+    r = min(m, n)
+    return 8 * r * (m + n) + 32 * r * r
 
 
 def stored_bytes(parameter: Parameter, *, depth: int) -> int:
-    """Bytes of a matrix's stored components (float32)."""
+    """Bytes of a matrix's stored components (float32), or of its whole difference."""
+    if parameter.action is not Action.DECOMPOSE:
+        return 4 * (parameter.numel + 2)
     return 4 * depth * (parameter.m + parameter.n + 1)
+
+
+def merge_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
+    """Peak memory of merging matrices in one unit, and twice what it stores (once encoded)."""
+    stored = sum(8 * plan.merged_depth(p) * (p.m + p.n) for p in parameters)
+    return stored + max(_merge_bytes(plan, p) for p in parameters)
+
+
+def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
+    m, n = parameter.m, parameter.n
+    if parameter.action is not Action.DECOMPOSE:
+        # A difference as read, in float64, its magnitudes sorted and trimmed, signs, sum, counts.
+        return 96 * m * n + (_svd_bytes(m, n) if parameter.is_factored else 0)
+    # Factors in float32 and float64, their Q, and the core, or the sources in a common basis.
+    k, shared = plan.num_given(parameter), plan.method.takes is Takes.EACH
+    core = plan.merged_depth(parameter) * (max(k, m + n) if shared else k)
+    return 32 * k * (m + n) + 64 * core
 
 
 def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
@@ -139,6 +198,11 @@ def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
     return peak + 2 * stored
 
 
+def peak_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
+    """Peak memory of decomposing or merging matrices that travel together."""
+    return max(unit_bytes(plan, parameters), merge_bytes(plan, parameters))
+
+
 def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
     return action_of(
         ref.name,
@@ -146,7 +210,8 @@ def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
         floating=ref.dtype in FLOATING,
         policies=recipe.rules,
         vocab_size=base.vocab_size,
-        matrix_action=MATRIX_ACTION[recipe.merge_method],
+        matrix_action=METHODS[recipe.merge_method].matrices,
+        vector_action=METHODS[recipe.merge_method].vectors,
     )
 
 
@@ -226,11 +291,12 @@ def _grouped(
 def _check_memory(plan: Plan) -> None:
     limit = plan.recipe.resources.memory
     # The largest of all, so that the limit it names is enough for every other.
-    group = max(plan.groups, key=lambda g: unit_bytes(plan, g), default=())
-    if group and (need := unit_bytes(plan, group)) > limit:
-        worst = max(group, key=lambda p: decompose_bytes(p, depth=plan.depth(p)))
+    group = max(plan.groups, key=lambda g: peak_bytes(plan, g), default=())
+    if group and (need := peak_bytes(plan, group)) > limit:
+        worst = max(group, key=lambda p: peak_bytes(plan, [p]))
+        work = "decomposing" if need == unit_bytes(plan, group) else "merging"
         raise ResourceError(
-            f"{worst.id} ({worst.m} x {worst.n}): decomposing it needs {need / 2**20:.1f} MiB",
+            f"{worst.id} ({worst.m} x {worst.n}): {work} it needs {need / 2**20:.1f} MiB",
             f"The recipe gives a task {limit / 2**20:.1f} MiB (resources.memory).",
             f"Set `resources: {{memory: {-(-need >> 20)}MiB}}` or more.",
         )
@@ -242,11 +308,25 @@ def numerics_class(threads: int) -> str:
 
 
 def _hash(recipe: Recipe, *, base: Checkpoint, sources: Sequence[Source]) -> str:
-    fields = {
+    fields: dict[str, object] = {
         "base": base.revision,
         "sources": [(s.revision, s.weight) for s in sources],
         "recipe": recipe.numeric_digest(),
         "numerics": numerics_class(recipe.resources.threads),
         "schema": layout.SCHEMA_VERSION,
     }
+    if recipe.is_targeted and recipe.tune is not None:
+        fields["target"] = _target(recipe.tune)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# Settings of `tune` that the target's examples, and what is made of them, depend on.
+_EXAMPLES = {"task", "model", "input", "label", "per_class", "max_length", "seed"}
+
+
+def _target(tune: TuneConfig) -> list[object]:
+    """What a merge for a target depends on besides the models."""
+    place = Folder.at(tune.train)
+    stat = place.stat()
+    version = [stat.size, stat.version] if stat else sorted(place.find().items())
+    return [tune.train, version, tune.model_dump(mode="json", include=_EXAMPLES)]

@@ -21,15 +21,22 @@ SELECT_BYTES = 512 << 20
 
 
 def select(plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress) -> pa.Table:
-    """The selection, also written to the run's folder: ids, best first within each matrix.
+    """The selection, also written to the run's folder."""
+    table = choose_components(plan, attempt=attempt, runtime=runtime, progress=progress)
+    plan.run_folder.put(SELECTION, encode_table(table))
+    return table
+
+
+def choose_components(
+    plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress
+) -> pa.Table:
+    """The ids of the components kept, best first within each matrix.
 
     Scope `layer` makes matrices independent, so the reduce is a map over ranges of matrices.
     """
     units = list(_units(plan, attempt=attempt))
     parts = runtime.map(tasks.select, units, stage="select", progress=progress)
-    table = pa.concat_tables([schema.SELECTION.empty_table(), *(_table(part) for part in parts)])
-    plan.run_folder.put(SELECTION, encode_table(table))
-    return table
+    return pa.concat_tables([schema.SELECTION.empty_table(), *(_table(part) for part in parts)])
 
 
 def load_selection(plan: Plan) -> pa.Table | None:
@@ -40,7 +47,7 @@ def load_selection(plan: Plan) -> pa.Table | None:
 
 
 def picks(plan: Plan, selection: pa.Table) -> dict[str, tuple[tasks.Pick, ...]]:
-    """What to read per matrix: sources by content, indices ascending.
+    """What to read per matrix (its `source_id`): sources by content, indices ascending.
 
     The order is that of the tensors' sha256, and of weights where sources share a tensor: sums do
     not depend on names or places of sources.
@@ -53,8 +60,13 @@ def picks(plan: Plan, selection: pa.Table) -> dict[str, tuple[tasks.Pick, ...]]:
         found.setdefault(parameter, {}).setdefault(key, []).append(index)
     return {
         parameter: tuple(
-            tasks.Pick(revision=source, weight=weights[source], indices=tuple(sorted(indices)))
-            for (_, _, source), indices in sorted(sources.items())
+            tasks.Pick(
+                revision=source,
+                weight=weights[source],
+                content=sha256,
+                indices=tuple(sorted(indices)),
+            )
+            for (sha256, _, source), indices in sorted(sources.items())
         )
         for parameter, sources in found.items()
     }
@@ -83,7 +95,7 @@ def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
 
 
 def _units(plan: Plan, *, attempt: str) -> Iterator[tasks.SelectUnit]:
-    step = max(1, SPECTRA_PER_UNIT // len(plan.sources))
+    step = max(1, SPECTRA_PER_UNIT // max(1, len(plan.sources)))
     for i, part in enumerate(_chunks(plan.parameters, step)):
         yield tasks.SelectUnit(
             name=f"select [{i + 1}]",
@@ -93,8 +105,9 @@ def _units(plan: Plan, *, attempt: str) -> Iterator[tasks.SelectUnit]:
             base_key=plan.base_key,
             attempt=attempt,
             sources=tuple((s.revision, s.weight) for s in plan.sources),
-            budgets=tuple((p, plan.budget(p)) for p in part),
-            salience=plan.recipe.parameters.salience,
+            budgets=tuple((p, plan.of_each(p)) for p in part),
+            takes=plan.method.takes,
+            salience=plan.salience,
         )
 
 

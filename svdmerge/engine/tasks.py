@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,10 +14,15 @@ import torch
 from svdmerge.core import svd
 from svdmerge.core.components import RankOneComponents, flat, none
 from svdmerge.core.delta import all_finite, delta
-from svdmerge.core.methods.average import average
-from svdmerge.core.methods.axis import axis
+from svdmerge.core.methods.merging import Merging, Part
+from svdmerge.core.methods.registry import Takes
 from svdmerge.core.params import Action, Parameter
-from svdmerge.engine.winners import SpectraByMatrix, listed_spectra, select_all, select_matrix
+from svdmerge.engine.winners import (
+    SpectraByMatrix,
+    listed_spectra,
+    select_all,
+    select_components,
+)
 from svdmerge.errors import ContentError, SolverError
 from svdmerge.storage import layout, schema
 from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
@@ -80,7 +85,7 @@ def decompose(unit: DecomposeUnit) -> Receipt:
         digest = hashlib.sha256(source).hexdigest()
         covered.append(
             Covered(
-                parameter=item.parameter.id,
+                parameter=item.parameter.source_id,
                 first=unit.first,
                 depth=item.depth,
                 source_sha256=digest,
@@ -93,7 +98,7 @@ def decompose(unit: DecomposeUnit) -> Receipt:
         found = _components(unit, item, _delta(unit, item, source, base))
         rows.append(found[0])
         spectra.append(_spectrum(item, found[1], digest, first=unit.first))
-    group = layout.group_key(i.parameter.id for i in unit.items)
+    group = layout.group_key(i.parameter.source_id for i in unit.items)
     last = max(i.depth for i in unit.items) - 1
     place = f"{group}/{unit.first}-{last}"
     commit = put_unit(
@@ -157,8 +162,9 @@ def _components(
 ) -> tuple[Rows, tuple[RankOneComponents, float, float]]:
     """What is stored, and (all components found, ||D||_F, bound on values not found)."""
     p, fro = item.parameter, float(torch.linalg.vector_norm(d))
-    if p.action is Action.AVERAGE:
-        return Rows(parameter=p.id, kind="flat", first=0, components=flat(d)), (flat(d), fro, 0.0)
+    if p.action is not Action.DECOMPOSE:
+        c = flat(d.reshape(1, -1))
+        return Rows(parameter=p.source_id, kind="flat", first=0, components=c), (c, fro, 0.0)
     found, bound = _solve(unit, item, d, fro=fro)
     # Exact zeros are no components: an untouched matrix stores nothing and takes no slot.
     rank = int((found.s > 0).sum())
@@ -192,7 +198,7 @@ def _spectrum(
 ) -> Spectrum:
     components, fro, bound = found
     return Spectrum(
-        parameter=item.parameter.id, sha256=digest, m=item.parameter.m, n=item.parameter.n,
+        parameter=item.parameter.source_id, sha256=digest, m=item.parameter.m, n=item.parameter.n,
         fro=fro, bound=bound, first=first,
         s=components.s[first:].to(torch.float32).numpy(),
     )  # fmt: skip
@@ -227,6 +233,8 @@ class SelectUnit:
     sources: tuple[tuple[str, float], ...]
     """Revision and weight of each source."""
     budgets: tuple[tuple[Parameter, int], ...]
+    """Components at most: of all sources where these are pooled, else of each."""
+    takes: Takes
     salience: str
 
 
@@ -238,13 +246,14 @@ def select(unit: SelectUnit) -> dict[str, list[Any]]:
         for revision, weight in unit.sources
     }
     for parameter, k in unit.budgets:
-        listed = listed_spectra(parameter.id, spectra)
-        if parameter.action is Action.AVERAGE:
-            rows = select_all(listed)
+        key = parameter.source_id
+        listed = listed_spectra(key, spectra)
+        if parameter.action is Action.DECOMPOSE:
+            rows = select_components(listed, takes=unit.takes, salience=unit.salience, k=k)
         else:
-            rows = select_matrix(listed, salience=unit.salience, k=k)
+            rows = select_all(listed)
         for rank, row in enumerate(rows):
-            for name, value in ({"parameter": parameter.id, "rank": rank} | asdict(row)).items():
+            for name, value in ({"parameter": key, "rank": rank} | asdict(row)).items():
                 columns[name].append(value)
     return columns
 
@@ -255,6 +264,8 @@ class Pick:
 
     revision: str
     weight: float
+    content: str
+    """sha256 of the source's bytes of the matrix."""
     indices: tuple[int, ...]
 
 
@@ -270,8 +281,7 @@ class FactorUnit:
     attempt: str
     factors: Folder
     picks: tuple[tuple[Parameter, tuple[Pick, ...]], ...]
-    scale: float
-    num_sources: int
+    merging: Merging
 
 
 def factor(unit: FactorUnit) -> Receipt:
@@ -280,7 +290,7 @@ def factor(unit: FactorUnit) -> Receipt:
     rows, covered = list[Rows](), list[Covered]()
     for parameter, picks in unit.picks:
         merged = _merge(unit, parameter, picks)
-        kind = "flat" if parameter.action is Action.AVERAGE else "merged"
+        kind = "merged" if parameter.is_factored else "flat"
         rows.append(Rows(parameter=parameter.id, kind=kind, first=0, components=merged))
         covered.append(
             Covered(
@@ -290,7 +300,7 @@ def factor(unit: FactorUnit) -> Receipt:
     place = layout.group_key(p.id for p, _ in unit.picks)
     commit = put_unit(
         unit.factors, data_prefix=place, commit_path=f"{place}.json", rows=rows, spectra=[],
-        covered=covered, solver="qr-core", numerics="",
+        covered=covered, solver=unit.merging.method, numerics="",
     )  # fmt: skip
     return Receipt(
         name=unit.name, num_matrices=len(unit.picks), bytes_read=0, bytes_stored=commit.shard.size,
@@ -299,16 +309,22 @@ def factor(unit: FactorUnit) -> Receipt:
 
 
 def _merge(unit: FactorUnit, parameter: Parameter, picks: Sequence[Pick]) -> RankOneComponents:
-    def read(pick: Pick) -> RankOneComponents:
+    def part(pick: Pick) -> Part:
         source = _committed(unit.store, unit.base_key, pick.revision, unit.attempt)
-        return source.read(parameter.id, pick.indices)
+        return Part(
+            weight=pick.weight,
+            content=pick.content,
+            read=partial(source.read, parameter.source_id, pick.indices),
+        )
 
-    if parameter.action is Action.AVERAGE:
-        deltas = ((read(p).vh, p.weight) for p in picks)
-        return flat(average(deltas, num_sources=unit.num_sources, scale=unit.scale))
+    if not picks and not parameter.is_factored:
+        return flat(torch.zeros(1, parameter.n))
     if not picks:
         return none(parameter.m, parameter.n)
-    return axis([read(p) for p in picks], weights=[p.weight for p in picks], scale=unit.scale)
+    try:
+        return unit.merging.merge(parameter, [part(p) for p in picks])
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise SolverError(f"{parameter.id}: the merge did not converge", str(error)) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

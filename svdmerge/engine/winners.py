@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from svdmerge.core.methods.registry import Takes
 from svdmerge.core.salience import SALIENCES
 from svdmerge.core.topk import top_k
 from svdmerge.storage.shards import Spectrum
@@ -54,6 +55,32 @@ def select_all(listed: Sequence[Listed]) -> list[Selected]:
         Selected(source=x.source, index=0, s=1.0, salience=x.weight, sha256=x.sha256)
         for x in listed
     ]
+
+
+def select_components(
+    listed: Sequence[Listed], *, takes: Takes, salience: str, k: int
+) -> list[Selected]:
+    """The components of one matrix that a method takes, best first.
+
+    `k` counts those of all sources where these are pooled, else those of each.
+    """
+    if takes is Takes.POOLED:
+        return select_matrix(listed, salience=salience, k=k)
+    return select_leading(listed, k=k)
+
+
+def select_leading(listed: Sequence[Listed], *, k: int) -> list[Selected]:
+    """The k leading components of each source, none of them zero; largest first."""
+    rows = [
+        Selected(
+            source=x.source, index=i, s=float(s), salience=float(s) * x.weight, sha256=x.sha256
+        )
+        for x in listed
+        for i, s in enumerate(all_values(x.spectra)[:k])
+        if s > 0
+    ]
+    # Stable: what ties stays in the order of content.
+    return sorted(rows, key=lambda row: -row.salience)
 
 
 def select_matrix(listed: Sequence[Listed], *, salience: str, k: int) -> list[Selected]:

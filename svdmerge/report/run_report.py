@@ -31,14 +31,18 @@ class RunReport:
     kept: dict[str, int] = field(default_factory=dict[str, int])
     """Components kept of each source."""
     warnings: list[str] = field(default_factory=list[str])
+    ranking: Any = None
+    """A `Ranking`, where sources were ranked for a target."""
+    adaptation: Any = None
+    """An `Adaptation`, where the target's examples chose sources or strength."""
     tune: Any = None
     """A `TuneResult`, where the recipe asks for tuning."""
 
     def to_json(self) -> str:
         """The report as JSON."""
-        fields = asdict(self) if self.tune is None else asdict(self) | {"tune": _plain(self.tune)}
-        return json.dumps(fields, indent=1, default=str)
+        plain = {n: _plain(getattr(self, n)) for n in ("ranking", "adaptation", "tune")}
+        return json.dumps(asdict(self) | plain, indent=1, default=str)
 
 
-def _plain(tune: Any) -> Any:
-    return json.loads(tune.to_json())
+def _plain(part: Any) -> Any:
+    return None if part is None else json.loads(part.to_json())

@@ -62,7 +62,7 @@ def output_tensors(
     """Every tensor of the output, in the base's order of names; integers keep their dtype."""
     by_tensor: dict[str, list[Parameter]] = {}
     for p in parameters:
-        if p.action in (Action.AVERAGE, Action.DECOMPOSE):
+        if p.action is not Action.EQUAL:
             by_tensor.setdefault(p.tensor, []).append(p)
     return [
         OutputTensor(

@@ -61,9 +61,9 @@ class TargetsResult:
     targets: tuple[TargetOutcome, ...]
 
     @property
-    def failed(self) -> tuple[TargetOutcome, ...]:
-        """Those that failed."""
-        return tuple(t for t in self.targets if t.result is None)
+    def failed(self) -> tuple[str, ...]:
+        """Names of those that failed."""
+        return tuple(t.name for t in self.targets if t.result is None)
 
     def to_json(self) -> str:
         """The outcomes as JSON."""

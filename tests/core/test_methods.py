@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svdmerge.core.components import RankOneComponents, none
-from svdmerge.core.methods.actions import MATRIX_ACTION
 from svdmerge.core.methods.average import average
 from svdmerge.core.methods.axis import axis
+from svdmerge.core.methods.merging import FROM_COMPONENTS, FROM_DIFFERENCES
+from svdmerge.core.methods.registry import METHODS
+from svdmerge.core.params import Action
 from svdmerge.core.svd import exact
 from svdmerge.recipe import Recipe
 
@@ -19,8 +21,11 @@ def deltas(num: int, *shape: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(num)]
 
 
-def test_every_method_of_the_recipe_says_what_it_does_with_matrices() -> None:
-    assert set(MATRIX_ACTION) == set(get_args(Recipe.model_fields["merge_method"].annotation))
+def test_every_method_of_the_recipe_is_described_and_computed() -> None:
+    assert set(METHODS) == set(get_args(Recipe.model_fields["merge_method"].annotation))
+    by_components = {name for name, m in METHODS.items() if m.matrices is Action.DECOMPOSE}
+    assert set(FROM_COMPONENTS) == by_components
+    assert set(FROM_DIFFERENCES) == set(METHODS) - by_components
 
 
 # --- axis ---

@@ -221,3 +221,30 @@ def test_a_share_of_a_thousand_is_exact(num: int, rank: int) -> None:
 def test_a_larger_share_never_keeps_less(one: float, other: float, rank: int) -> None:
     small, large = sorted((one, other))
     assert budget(small, rank=rank) <= budget(large, rank=rank)
+
+
+# --- whole differences ---
+
+
+def test_a_matrix_merged_whole_is_stored_flat_and_ends_as_its_own_factors() -> None:
+    (kernel,) = matrices("a.weight", shape=(8, 3, 4, 4), action=Action.WHOLE)
+    assert (kernel.id, kernel.source_id, kernel.m, kernel.n) == (
+        "a.weight", "a.weight#flat", 8, 48,
+    )  # fmt: skip
+    assert (kernel.rank, kernel.is_factored) == (1, True)
+    stack = matrices("experts", shape=(2, 4, 5), action=Action.WHOLE)
+    assert [p.source_id for p in stack] == ["experts[0]#flat", "experts[1]#flat"]
+    (vector,) = matrices("b", shape=(7,), action=Action.ELEMENTWISE)
+    assert (vector.id, vector.source_id, vector.is_factored) == ("b#flat", "b#flat", False)
+
+
+def test_a_policy_of_average_stands_before_the_methods_own_rule_for_vectors() -> None:
+    def of(name: str, *policies: Policy) -> Action:
+        return action_of(
+            name, shape=(4,), floating=True, policies=policies, vocab_size=None,
+            matrix_action=Action.WHOLE, vector_action=Action.ELEMENTWISE,
+        )  # fmt: skip
+
+    assert of("a.bias") is Action.ELEMENTWISE
+    assert of("a.bias", Policy(match="*", policy="average")) is Action.AVERAGE
+    assert of("a.bias", Policy(match="*", policy="decompose")) is Action.WHOLE

@@ -238,3 +238,18 @@ def test_a_seed_fits_the_generator() -> None:
 def test_seeds_stay_the_same_from_release_to_release() -> None:
     # Stored blocks were drawn with it: a change here is a new version of the store's schema.
     assert seed_of("encoder.weight", m=768, n=3072, block=1) == 1238995489016112317
+
+
+# --- factors of a merged difference ---
+
+
+def test_factors_are_no_deeper_than_the_matrix_and_leave_out_next_to_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    low = full[:, :4] @ torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    tail = low + 1e-9 * full
+    assert [len(svd.factors(d)) for d in (full, low, tail, 0 * full)] == [9, 4, 4, 0]
+    for matrix in (full, low, tail):
+        left_out = torch.linalg.matrix_norm(svd.factors(matrix).dense() - matrix)
+        assert float(left_out) <= 1e-7 * float(torch.linalg.matrix_norm(matrix))
+    assert svd.factors(torch.zeros(0, 5)).dense().shape == (0, 5)

@@ -11,10 +11,10 @@ from tune_case import Case, make_case, write_examples
 from typer.testing import CliRunner, Result
 
 from svdmerge.cli import app
-from svdmerge.errors import OutputError
+from svdmerge.errors import OutputError, RecipeError
 from svdmerge.recipe import parse_recipe
 from svdmerge.report.run_report import RunReport
-from svdmerge.workflow import run
+from svdmerge.workflow import rank, run
 
 TUNE: dict[str, Any] = {
     "task": "tensor",
@@ -121,6 +121,11 @@ def test_a_target_may_have_settings_and_a_place_of_its_own(case: Case) -> None:
     assert report.tune.targets[1].adapter_bytes == 0
 
 
+def test_ranking_for_many_targets_needs_the_examples_of_one(case: Case) -> None:
+    with pytest.raises(RecipeError, match="needs the target's examples"):
+        rank(parse_recipe(raw(case, ["mr"])), address="none")
+
+
 def test_two_targets_in_one_folder_are_refused(case: Case) -> None:
     own = [{"name": name, "out": str(case.root / "same")} for name in ("mr", "cr")]
     with pytest.raises(OutputError, match="is the folder of two targets, mr and cr"):
@@ -139,7 +144,7 @@ def test_on_ray_each_target_is_a_task_and_the_numbers_are_the_same(case: Case) -
     recipe = raw(case, ["mr", "bad", "cr"])
     (case.root / "bad-train.parquet").write_bytes(b"no parquet")
     report = run(parse_recipe(recipe), address="local")
-    assert [t.name for t in report.tune.failed] == ["bad"]
+    assert report.tune.failed == ("bad",)
     assert report.status == "failed: 1 of 3 targets: bad"
     shutil.rmtree(case.root / "merged-tuned")
     shutil.rmtree(case.root / "store")

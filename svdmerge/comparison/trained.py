@@ -1,0 +1,241 @@
+"""What trains: weight spaces on the drawn rows, then the same closed-form head as everyone's."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from svdmerge.comparison.problem import Problem, Weights
+from svdmerge.comparison.untrained import (
+    Entrant,
+    K,
+    Result,
+    best_source,
+    chosen_mix,
+    mix_model,
+    pooled,
+    whole,
+)
+from svdmerge.core.components import RankOneComponents
+from svdmerge.core.params import budget
+from svdmerge.core.svd import exact
+from svdmerge.core.transfer import LinearHead, sharpness
+from svdmerge.peers.atlas import PUBLISHED as ATLAS
+from svdmerge.peers.atlas import Atlas
+from svdmerge.peers.bolt import ALPHAS, bolt, bolt_bases
+from svdmerge.peers.bolt import PUBLISHED as BOLT
+from svdmerge.peers.diagonal import random_factors, sigma_merged, sigma_w0, with_null_space
+from svdmerge.peers.free import bitfit, full
+from svdmerge.peers.lora import Lora, LoraXs, lora_cost, lora_xs_cost, ranks_within
+from svdmerge.peers.objectives import Classification, ContrastivePairs
+from svdmerge.peers.space import WeightSpace
+from svdmerge.peers.train import Objective, TrainSettings, train
+
+# Steps of any training: with a few hundred examples the published epochs are fewer, with more
+# this keeps a table of many draws within hours on two cores. The cosine ends where the steps do.
+MAX_STEPS = 40
+# AXIS as published: AdamW at 0.1, 10 epochs, cosine.
+AXIS = TrainSettings(
+    epochs=10, batch_size=32, learning_rate=0.1, head_learning_rate=1e-2, max_steps=MAX_STEPS
+)
+# Rates as their authors or common practice has them; not tuned per target.
+LORA = replace(AXIS, learning_rate=1e-3)
+FULL = replace(AXIS, learning_rate=2e-5)
+BIASES = replace(AXIS, learning_rate=1e-3)
+SETFIT = replace(FULL, batch_size=16, epochs=1)
+
+Space = Callable[[Problem, list[int]], WeightSpace]
+
+
+def trained(space: Space, settings: TrainSettings, *, contrastive: bool = False) -> Entrant:
+    """An entrant that trains a space on the drawn rows."""
+
+    def run(problem: Problem, rows: list[int]) -> Result:
+        return fitted(problem, rows, space(problem, rows), settings, contrastive=contrastive)
+
+    return run
+
+
+def fitted(
+    problem: Problem, rows: list[int], space: WeightSpace, settings: TrainSettings,
+    *, contrastive: bool,
+) -> Result:  # fmt: skip
+    """The space trained, a ridge head on its features."""
+    labels = problem.labels(rows)
+    objective: Objective
+    if contrastive:
+        objective = ContrastivePairs(labels, seed=0)
+    else:
+        objective = Classification(labels, head=_head(problem, rows, space))
+    features = partial(problem.features_under, train=rows)
+    done = train(features, space=space, objective=objective, settings=settings)
+    fit = problem.ridge(problem.extracted(done.weights, part="train", rows=rows), rows)
+    test = problem.extracted(done.weights, part="test", rows=range(len(problem.test)))
+    hits = fit.head.scores(test).argmax(dim=1) == problem.test.labels
+    return Result(hits=hits, trained=space.num_trained, steps=len(done.losses))
+
+
+def _head(problem: Problem, rows: list[int], space: WeightSpace) -> LinearHead:
+    """The calibrated ridge head of the space's start."""
+    with torch.no_grad():
+        start = {name: weight.detach() for name, weight in space.weights().items()}
+    fit = problem.ridge(problem.extracted(start, part="train", rows=rows), rows)
+    return fit.head.sharpened(sharpness(fit.left_out, labels=problem.labels(rows)))
+
+
+def num_values(problem: Problem, share: float = K) -> int:
+    """Singular values a matrix trains: the share of the smallest side."""
+    return budget(share, rank=min(min(problem.base[n].shape) for n in problem.matrices))
+
+
+def total_values(problem: Problem) -> int:
+    """What AXIS trains in all: the size that others are given."""
+    return num_values(problem) * len(problem.matrices)
+
+
+def factors_of(problem: Problem, weights: Weights) -> dict[str, RankOneComponents]:
+    """The leading factors of every matrix's change, as deep as AXIS merges."""
+    count = num_values(problem)
+    return {
+        n: exact(weights[n].double() - problem.base[n].double()).slice(0, count)
+        for n in problem.matrices
+        if n in weights
+    }
+
+
+def axis_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """AXIS of all sources, the null space completed where factors lack."""
+    del rows
+    _, make = pooled(problem, sorted(problem.sources), strength=1.0, k=K)
+    weights, count = make(), num_values(problem)
+    factors = with_null_space(factors_of(problem, weights), num_values=count, seed=0)
+    return sigma_merged(weights, factors=factors, num_values=count)
+
+
+def source_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """The picked source, its leading singular values trained."""
+    weights = whole(problem, best_source(problem, rows))[1]()
+    return sigma_merged(
+        weights, factors=factors_of(problem, weights), num_values=num_values(problem)
+    )
+
+
+def gated_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """The gate's merge, its leading singular values trained."""
+    mix = chosen_mix(problem, rows)
+    weights = mix_model(problem, mix)[1]() if mix.sources else dict(problem.base)
+    factors = factors_of(problem, weights) if mix.sources else sigma_free(problem)
+    return sigma_merged(weights, factors=factors, num_values=num_values(problem))
+
+
+def sigma_free(problem: Problem) -> dict[str, RankOneComponents]:
+    """The base's own leading factors: what is left to tune where nothing is merged."""
+    count = num_values(problem)
+    return {n: exact(problem.base[n].double()).slice(0, count) for n in problem.matrices}
+
+
+def base_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """Singular values of W_0."""
+    del rows
+    return sigma_w0(problem.base, names=problem.matrices, num_values=num_values(problem))
+
+
+def random_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """Random directions on the gate's merge."""
+    mix = chosen_mix(problem, rows)
+    start = dict(problem.base) | dict(mix_model(problem, mix)[1]() if mix.sources else {})
+    return random_factors(start, names=problem.matrices, num_values=num_values(problem), seed=0)
+
+
+def atlas_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """One coefficient for every source and parameter."""
+    del rows
+    every = [problem.source_difference(n) for n in sorted(problem.sources)]
+    names = sorted(set().union(*every))
+    zeros = {n: torch.zeros_like(problem.base[n]) for n in names}
+    return Atlas(problem.base, differences=[zeros | d for d in every])
+
+
+def bolt_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """BOLT from the strength that held-out examples like best."""
+    bases = _bolt_bases(problem)
+
+    def loss(alpha: float) -> float:
+        weights = bolt(problem.base, bases=bases, alpha=alpha).weights()
+        values = problem.extracted(
+            {n: w.detach() for n, w in weights.items()}, part="train", rows=rows
+        )
+        return float(problem.ridge(values, rows).log_loss.mean())
+
+    return bolt(problem.base, bases=bases, alpha=min(ALPHAS, key=loss))
+
+
+_BASES: dict[str, Mapping[str, RankOneComponents]] = {}
+
+
+def _bolt_bases(problem: Problem) -> Mapping[str, RankOneComponents]:
+    if problem.name not in _BASES:
+        _BASES[problem.name] = bolt_bases(
+            [
+                {
+                    n: exact(d[n].double()).slice(0, 4 * num_values(problem))
+                    for n in problem.matrices
+                }
+                for d in (problem.source_difference(s) for s in sorted(problem.sources))
+            ]
+        )
+    return _BASES[problem.name]
+
+
+def lora_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """LoRA of equal size."""
+    del rows
+    ranks = ranks_within(
+        total_values(problem), weights=problem.base, names=problem.matrices, cost=lora_cost
+    )
+    return Lora(problem.base, ranks=ranks, seed=0)
+
+
+def lora_one_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """LoRA of rank one everywhere."""
+    del rows
+    return Lora(problem.base, ranks=dict.fromkeys(problem.matrices, 1), seed=0)
+
+
+def lora_xs_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """LoRA-XS of equal size."""
+    del rows
+    ranks = ranks_within(
+        total_values(problem), weights=problem.base, names=problem.matrices, cost=lora_xs_cost
+    )
+    return LoraXs(problem.base, ranks=ranks)
+
+
+def bias_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """All biases that features depend on."""
+    del rows
+    return bitfit({n: w for n, w in problem.base.items() if not n.startswith("pooler.")})
+
+
+def full_space(problem: Problem, rows: list[int]) -> WeightSpace:
+    """All matrices."""
+    del rows
+    return full(problem.base, names=problem.matrices)
+
+
+TRAINED: dict[str, Entrant] = {
+    "AXIS as published": trained(axis_space, AXIS),
+    "best single source, sigma": trained(source_space, replace(AXIS, learning_rate=1e-2)),
+    "svdmerge, sigma": trained(gated_space, replace(AXIS, learning_rate=1e-2)),
+    "aTLAS": trained(atlas_space, replace(ATLAS, max_steps=MAX_STEPS)),
+    "BOLT": trained(bolt_space, replace(BOLT, max_steps=MAX_STEPS)),
+    "sigma of W_0": trained(base_space, replace(AXIS, learning_rate=1e-2)),
+    "random directions": trained(random_space, replace(AXIS, learning_rate=1e-2)),
+    "LoRA, equal size": trained(lora_space, LORA),
+    "LoRA, rank 1": trained(lora_one_space, LORA),
+    "LoRA-XS": trained(lora_xs_space, LORA),
+    "BitFit": trained(bias_space, BIASES),
+    "SetFit": trained(full_space, SETFIT, contrastive=True),
+    "full fine-tuning": trained(full_space, FULL),
+}

@@ -1,0 +1,1 @@
+"""Trained comparators: each is a space of weights around a frozen model; one trainer serves all."""

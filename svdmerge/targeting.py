@@ -1,0 +1,328 @@
+"""Which sources help a target, and the merge that its few examples ask for."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdmerge.core.evidence import bootstrap_interval
+from svdmerge.core.gate import Mix, gate
+from svdmerge.core.params import Action
+from svdmerge.engine.plan import Plan
+from svdmerge.engine.runtime import Runtime
+from svdmerge.engine.select import choose_components, picks
+from svdmerge.progress import Progress
+from svdmerge.recipe import TuneConfig
+from svdmerge.storage.filesystem import Folder
+from svdmerge.training.blend import Blend, Ingredient
+from svdmerge.training.judge import Judged, JudgeUnit, judge, judged_examples
+from svdmerge.training.overlap import DUPLICATE, OverlapUnit, overlaps
+
+ADAPTATION = "adaptation.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRank:
+    """A source's help: how much lower the held-out loss is than the base's, in nats."""
+
+    name: str
+    revision: str
+    loss: float
+    gain: float
+    low: float
+    high: float
+    """The gain's 95 % bootstrap interval."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Sources by their help for a target, best first."""
+
+    base_loss: float
+    sources: tuple[SourceRank, ...]
+    near_duplicates: tuple[tuple[str, str, float], ...]
+    """Pairs of sources, and the mean squared cosine of their principal angles."""
+    num_examples: int
+    verdict: str
+
+    def to_json(self) -> str:
+        """The ranking as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Considered:
+    """A merge that was considered, by revisions of its sources, and its held-out loss in nats."""
+
+    mix: Mix
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adaptation:
+    """What the examples ask for: the chosen merge, and all that were considered."""
+
+    chosen: Mix
+    considered: tuple[Considered, ...]
+    verdict: str
+
+    def to_json(self) -> str:
+        """The adaptation as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> "Adaptation":
+        """What `to_json` wrote."""
+        raw: dict[str, Any] = json.loads(text)
+        return Adaptation(
+            chosen=_mix(raw["chosen"]),
+            considered=tuple(
+                Considered(mix=_mix(c["mix"]), loss=c["loss"]) for c in raw["considered"]
+            ),
+            verdict=raw["verdict"],
+        )
+
+
+def _mix(raw: dict[str, Any]) -> Mix:
+    return Mix(sources=tuple(raw["sources"]), total=float(raw["total"]))
+
+
+class Targeting:
+    """A plan's sources and merges, judged by one target's examples.
+
+    Judging is one task per source or merge; its losses are kept in the store, so the same question
+    again costs nothing.
+    """
+
+    def __init__(
+        self, plan: Plan, config: TuneConfig, *, runtime: Runtime, progress: Progress, attempt: str
+    ) -> None:
+        self._plan, self._config = plan, config
+        self._runtime, self._progress, self._attempt = runtime, progress, attempt
+        examples = judged_examples(config, base=plan.base)
+        self._digest, self.num_examples = examples.digest(), len(examples)
+        self._base: Tensor | None = None
+        self._sources: dict[str, Tensor] = {}
+
+    def rank(self) -> Ranking:
+        """Sources by their help.
+
+        Raises:
+            TrainingError: the examples or the backbone cannot be used.
+            StoreError: a source is not decomposed.
+        """
+        plan = self._plan
+        blends: list[tuple[str, Blend]] = [("base", self._blend({}))]
+        blends += [(s.reference, self._alone(s.revision)) for s in plan.sources]
+        found = self._judge(blends, strengths=[(1.0,)] * len(blends), stage="rank")
+        base, *losses = [torch.tensor(j.losses[0], dtype=torch.float64) for j in found]
+        self._base = base
+        ranks: list[SourceRank] = []
+        for source, loss, judged in zip(plan.sources, losses, found[1:], strict=True):
+            self._sources[source.revision] = loss
+            low, high = bootstrap_interval(base - loss)
+            ranks.append(
+                SourceRank(
+                    name=source.reference, revision=source.revision, loss=float(loss.mean()),
+                    gain=float((base - loss).mean()), low=low, high=high, seconds=judged.seconds,
+                )
+            )  # fmt: skip
+        ranks.sort(key=lambda r: (r.loss, r.revision))
+        return Ranking(
+            base_loss=float(base.mean()),
+            sources=tuple(ranks),
+            near_duplicates=tuple(self._near_duplicates()),
+            num_examples=self.num_examples,
+            verdict=_verdict(ranks),
+        )
+
+    def adapt(self) -> Adaptation:
+        """The merge that the examples ask for: nothing, one source, or several at a strength.
+
+        Sources must be ranked before.
+        """
+        assert self._base is not None
+        chosen, losses = gate(self._sources, base=self._base, judge=self._judge_mixes)
+        considered = [Considered(mix=m, loss=float(x.mean())) for m, x in losses.items()]
+        return Adaptation(
+            chosen=chosen,
+            considered=tuple(considered),
+            verdict=self._told(chosen, loss=float(losses[chosen].mean())),
+        )
+
+    def _told(self, chosen: Mix, *, loss: float) -> str:
+        assert self._base is not None
+        if not chosen.sources:
+            return "No source helps this target: the base model is kept as it is."
+        names = {s.revision: s.reference for s in self._plan.sources}
+        return (
+            f"{len(chosen.sources)} of {len(names)} sources, each at strength "
+            f"{chosen.weight:.3g}: held-out loss {loss:.4f}, base {float(self._base.mean()):.4f} "
+            f"({', '.join(names[r] for r in chosen.sources)})."
+        )
+
+    def _judge_mixes(self, mixes: Sequence[Mix]) -> list[Tensor]:
+        """Losses of mixes; one task for all strengths of a set."""
+        sets = list(dict.fromkeys(mix.sources for mix in mixes))
+        strengths = [tuple(m.weight for m in mixes if m.sources == members) for members in sets]
+        blends = [(f"merge of {len(members)}", self._merged(members)) for members in sets]
+        found = self._judge(blends, strengths=strengths, stage="adapt")
+        losses = {
+            (members, weight): torch.tensor(values, dtype=torch.float64)
+            for members, weights, judged in zip(sets, strengths, found, strict=True)
+            for weight, values in zip(weights, judged.losses, strict=True)
+        }
+        return [losses[mix.sources, mix.weight] for mix in mixes]
+
+    def _judge(
+        self, blends: Sequence[tuple[str, Blend]], *, strengths: Sequence[tuple[float, ...]],
+        stage: str,
+    ) -> list[Judged]:  # fmt: skip
+        plan = self._plan
+        numel = sum(ref.numel for ref in plan.base.tensors.values())
+        units = [
+            JudgeUnit(
+                name=f"{stage} {name}",
+                # The module, its own weights again, the difference, and one more for activations.
+                memory_bytes=16 * numel,
+                threads=plan.recipe.resources.threads,
+                config=self._config,
+                base=plan.base,
+                blend=blend,
+                strengths=values,
+                examples=self._digest,
+                cache=plan.store.child(f"rank/{plan.base_key}"),
+            )
+            for (name, blend), values in zip(blends, strengths, strict=True)
+        ]
+        return self._runtime.map(judge, units, stage=stage, progress=self._progress)
+
+    def _blend(self, ingredients: Mapping[str, tuple[Ingredient, ...]]) -> Blend:
+        return Blend(
+            store=self._plan.store,
+            base_key=self._plan.base_key,
+            parameters=self._plan.parameters,
+            ingredients=ingredients,
+        )
+
+    def _alone(self, revision: str) -> Blend:
+        """A source by itself, as deep as merging it alone would take it."""
+        weight = next(s.weight for s in self._plan.sources if s.revision == revision)
+        return self._blend(
+            {
+                p.id: (Ingredient(revision=revision, weight=weight, count=self._plan.budget(p)),)
+                for p in self._plan.parameters
+                if p.action is not Action.EQUAL
+            }
+        )
+
+    def _merged(self, members: Sequence[str]) -> Blend:
+        return merged_blend(
+            self._plan, members, attempt=self._attempt, runtime=self._runtime,
+            progress=self._progress,
+        )  # fmt: skip
+
+    def _near_duplicates(self) -> list[tuple[str, str, float]]:
+        plan = self._plan
+        matrices = [p for p in plan.parameters if p.action is Action.DECOMPOSE]
+        if len(plan.sources) < 2 or not matrices:
+            return []
+        units = [
+            OverlapUnit(
+                name=f"overlap [{number + 1}/{len(plan.groups)}]",
+                memory_bytes=64 << 20,
+                threads=plan.recipe.resources.threads,
+                store=plan.store,
+                base_key=plan.base_key,
+                revisions=tuple(s.revision for s in plan.sources),
+                parameters=group,
+            )
+            for number, group in enumerate(plan.groups)
+        ]
+        parts = self._runtime.map(overlaps, units, stage="overlap", progress=self._progress)
+        mean = torch.tensor(parts, dtype=torch.float64).sum(dim=0) / len(matrices)
+        pairs = combinations(range(len(plan.sources)), 2)
+        return [
+            (plan.sources[i].reference, plan.sources[j].reference, float(mean[i, j]))
+            for i, j in pairs
+            if mean[i, j] >= DUPLICATE
+        ]
+
+
+def _verdict(ranks: Sequence[SourceRank]) -> str:
+    sure = [r.name for r in ranks if r.low > 0]
+    if sure:
+        return f"{len(sure)} of {len(ranks)} sources help this target, most of all {ranks[0].name}."
+    if ranks[0].gain > 0:
+        return (
+            f"None helps for certain: {ranks[0].name} looks best, "
+            "yet its interval includes no gain."
+        )
+    return "None helps: the base model serves this target best."
+
+
+def merged_blend(
+    plan: Plan,
+    members: Sequence[str],
+    *,
+    attempt: str,
+    runtime: Runtime,
+    progress: Progress,
+) -> Blend:
+    """The merge of some sources (revisions) at strength 1, as assembling it would make it."""
+    part = gated(plan, members, scale=1.0)
+    table = choose_components(part, attempt=attempt, runtime=runtime, progress=progress)
+    chosen = picks(part, table)
+    return Blend(
+        store=plan.store,
+        base_key=plan.base_key,
+        parameters=plan.parameters,
+        ingredients={
+            p.id: tuple(
+                Ingredient(
+                    revision=pick.revision,
+                    # Vectors are averaged, as assembling does.
+                    weight=pick.weight / (1 if p.action is Action.DECOMPOSE else len(members)),
+                    count=len(pick.indices),
+                )
+                for pick in chosen.get(p.source_id, ())
+            )
+            for p in plan.parameters
+        },
+    )
+
+
+def gated(plan: Plan, members: Sequence[str], *, scale: float) -> Plan:
+    """The plan with only the sources of these revisions, merged at this strength."""
+    sources = tuple(s for s in plan.sources if s.revision in members)
+    parameters = plan.recipe.parameters.model_copy(update={"scale": scale})
+    recipe = plan.recipe.model_copy(update={"parameters": parameters})
+    return replace(plan, sources=sources, recipe=recipe)
+
+
+def adapted(plan: Plan, adaptation: Adaptation) -> Plan:
+    """The plan that merges what the adaptation chose."""
+    chosen = adaptation.chosen
+    return gated(plan, chosen.sources, scale=chosen.weight or 1.0)
+
+
+def warnings(adaptation: Adaptation) -> list[str]:
+    """What a user must know of the choice."""
+    return [] if adaptation.chosen.sources else [adaptation.verdict]
+
+
+def save(folder: Folder, adaptation: Adaptation) -> None:
+    """Keep the adaptation in the run's folder."""
+    folder.put(ADAPTATION, adaptation.to_json().encode())
+
+
+def load(folder: Folder) -> Adaptation | None:
+    """The adaptation of this run, if it was made."""
+    if folder.stat(ADAPTATION) is None:
+        return None
+    return Adaptation.from_json(folder.read(ADAPTATION))
