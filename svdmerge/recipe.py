@@ -144,22 +144,35 @@ _UNIQUE = AfterValidator(_unique)
 class TuneConfig(Section):
     """Training of singular values for one target, or for many that share settings."""
 
-    task: Literal["text", "tensor"] = "text"
-    """`text`: tokenised, features are means over tokens; `tensor`: the column goes in as it is."""
+    task: Literal["text", "image", "tensor", "causal_lm"] = "text"
+    """`text`, `image`: classes told from mean features of tokens or patches; `tensor`: the same of
+    columns that go in as they are; `causal_lm`: next tokens, no head, judged in nats per token."""
     model: str = "transformers:AutoModel"
-    """A transformers class, or `package.module:callable` that builds a backbone from its config."""
+    """A transformers class, or `package.module:callable` that builds a backbone from its config.
+
+    Its module takes the inputs (pixels, a tensor, or a mapping of token columns) and returns
+    features (b, d); for language it takes `input_ids` and `attention_mask` by name and returns
+    scores of each next token, (b, t, vocabulary) or with a field `logits`.
+    By default the headless model of the base's config, and `AutoModelForCausalLM` for language."""
+    loss: str = "cross_entropy"
+    """Of a classifier: cross-entropy, or `package.module:callable`, (scores, labels) -> (b,)."""
     train: str = ""
-    """Parquet file of training examples."""
+    """Training examples: parquet, JSON lines, a folder of such files, or one folder per class of
+    images (in the order of their names)."""
     test: str = ""
-    """Parquet file that accuracy is measured on; never trained or selected on."""
+    """Examples that the result is measured on; never trained or selected on."""
     input: str = "text"
-    """Column of the inputs."""
+    """Column of the inputs. Of images: encoded bytes, {bytes, path}, or paths beside the file."""
     label: str = "label"
-    """Column of the integer labels, 0 to classes - 1."""
+    """Column of the integer labels, 0 to classes - 1; language modelling needs none."""
     per_class: PositiveInt | None = None
-    """Few-shot: examples drawn per class; all of them by default."""
+    """Few-shot: examples drawn per class (of language: in all); all of them by default."""
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the training examples, of each class alike, held out to end training early."""
+    patience: PositiveInt = 5
+    """Epochs without a better held-out loss before training ends; the best epoch's values stay."""
     max_length: PositiveInt = 128
-    """Tokens of a text."""
+    """Tokens of a text; what is longer is cut, and that is told."""
     num_values: Share = 0.1
     """Singular values trained per matrix: a share of its rank, or a count."""
     null_space: bool = False
@@ -167,17 +180,24 @@ class TuneConfig(Section):
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 32
     """Examples per step, over all workers."""
+    accumulate: PositiveInt = 1
+    """Parts that a worker computes its share of a step in: less memory, the same step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen model's arithmetic in training (autocast; meant for GPUs that have it).
+    Trained values, head, losses and every measurement stay float32."""
     learning_rate: PositiveFloat = 0.1
     """Of the singular values (AdamW, cosine)."""
     head_learning_rate: PositiveFloat = 0.01
     """Of the linear head."""
     seed: int = 0
     """Of the draw and of the order of examples."""
-    num_workers: Annotated[int, Field(ge=1)] = 1
-    """Training processes: gloo on CPU, NCCL where each gets a GPU."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Training processes (gloo on CPU, NCCL where each gets a GPU), or [least, most]: elastic."""
     use_gpu: bool = False
     checkpoint_every: PositiveInt = 1
-    """Epochs between checkpoints."""
+    """Epochs between checkpoints, at least."""
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
+    """Seconds between checkpoints, at least; a commit of Ray Train takes about two."""
     out: str | None = None
     """Folder of the adapted model; `<out>-tuned` by default. Of many targets, a folder for each."""
     save: Annotated[tuple[Literal["adapter", "model", "peft"], ...] | None, Field(min_length=1)] = (
@@ -222,6 +242,22 @@ class TuneConfig(Section):
         places = {k: v for k in ("train", "test", "out") if isinstance(v := fields.get(k), str)}
         filled = {key: place.replace("{name}", target.name) for key, place in places.items()}
         return TuneConfig.model_validate(fields | filled)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_of_the_task(cls, raw: Any) -> Any:
+        """The default `model` that the task needs, written out."""
+        if isinstance(raw, dict) and cast(dict[str, Any], raw).get("task") == "causal_lm":
+            return {"model": "transformers:AutoModelForCausalLM"} | cast(dict[str, Any], raw)
+        return cast(object, raw)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TuneConfig":
+        if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
+            raise ValueError(f"num_workers: got {list(self.num_workers)}; expected [least, most]")
+        if self.loss != "cross_entropy" and self.task == "causal_lm":
+            raise ValueError("loss: a language model trains on its next tokens; leave it out")
+        return self
 
 
 class Recipe(Section):

@@ -1,6 +1,7 @@
 """Tables: what they hold, and that long names fold instead of being cut."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.table import Table
 from svdmerge.engine.whatif import Outcome
 from svdmerge.report.run_report import RunReport, StageReport
 from svdmerge.tables import run_tables, size, table, verify_table, whatif_table
+from svdmerge.training.result import Row
 from svdmerge.verify import Check
 
 
@@ -52,6 +54,18 @@ def test_a_runs_tables_show_stages_and_what_was_kept() -> None:
     assert "decompose" in text
     assert "ft-a" in text
     assert "1.2" in text
+
+
+def test_a_language_targets_rows_are_shown_in_nats_per_token() -> None:
+    row = Row(
+        name="tuned", accuracy=0.5, trained=8, trained_with_head=8, seconds=1.0, loo_error=None,
+        nll=2.0, perplexity=7.389,
+    )  # fmt: skip
+    report = RunReport(plan_hash="", out="", store="", tune=SimpleNamespace(rows=(row,)))
+    text = shown(*run_tables(report))
+    assert "nats" in text
+    assert "2.0000" in text
+    assert "7.389" in text
 
 
 def test_a_report_is_json_that_reads_back() -> None:

@@ -159,6 +159,11 @@ class Problem:
 
     def pooled(self, members: Sequence[str], *, k: float, strength: float) -> Weights:
         """Base plus the pooled top components of some sources, as svdmerge assembles them."""
+        changes = self._pooled_changes(tuple(members), k)
+        return {n: self.base[n] + strength * d for n, d in changes.items()}
+
+    @lru_cache(maxsize=2)  # noqa: B019  a set is asked for at all its strengths, then the next
+    def _pooled_changes(self, members: tuple[str, ...], k: float) -> dict[str, Tensor]:
         parameters = self.plan.recipe.parameters.model_copy(update={"k": k})
         recipe = self.plan.recipe.model_copy(update={"parameters": parameters})
         revisions = [self.sources[name].revision for name in members]
@@ -168,7 +173,7 @@ class Problem:
         )  # fmt: skip
         changes = differences(blend, base=self.plan.base)
         named = {self._backbone.module_name(n): d for n, d in changes.items()}
-        return {n: self.base[n] + strength * d for n, d in named.items() if n in self.base}
+        return {n: d for n, d in named.items() if n in self.base}
 
     def _holding(self, weights: Weights) -> "_Held":
         return _Held(self._backbone.module, weights, base=self.base)

@@ -7,7 +7,7 @@ Letters besides the package's: t rows (tokens) of a step; k directions trained.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,10 @@ class _Rebuilt(torch.autograd.Function):
         """The adapted layer's output. Keeps x Vh^T (t, k) for grad d, not x (t, n)."""
         adapted = torch.addmm(weight, u * d, vh)
         along = F.linear(x, vh) if ctx.needs_input_grad[4] else None
-        ctx.save_for_backward(adapted if ctx.needs_input_grad[0] else None, u, along)
+        # Under autocast the products are in its type, and backward runs outside it.
+        along_u = u if along is None else u.to(along.dtype)
+        ctx.save_for_backward(adapted if ctx.needs_input_grad[0] else None, along_u, along)
+        ctx.dtype = d.dtype
         return F.linear(x, adapted, bias)
 
     @staticmethod
@@ -152,7 +155,7 @@ class _Rebuilt(torch.autograd.Function):
         grad_x = gy @ adapted if adapted is not None else None
         grad_d = None
         if along is not None:
-            grad_d = ((gy @ u) * along).reshape(-1, u.shape[1]).sum(dim=0)
+            grad_d = ((gy @ u) * along).reshape(-1, u.shape[1]).sum(dim=0, dtype=ctx.dtype)
         return grad_x, None, None, None, grad_d, None
 
 
@@ -175,6 +178,8 @@ def install(
                 "Only matrices of nn.Linear modules can be tuned.",
                 "Leave it out of what is tuned.",
             )
+        if is_transposed(model, name):
+            components = RankOneComponents(u=components.vh.T, s=components.s, vh=components.u.T)
         shape = (components.u.shape[0], components.vh.shape[1])
         if shape != tuple(linear.weight.shape):
             raise TrainingError(
@@ -191,15 +196,36 @@ def install(
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Linear | None:
-    """The `nn.Linear` whose weight has this name; None if there is none."""
+    """The `nn.Linear` whose weight has this name, or one equal to a GPT-2 layer; else None."""
+    module = _module_of(model, name)
+    if not _is_transposed(module):
+        return module if isinstance(module, nn.Linear) else None
+    weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+    turned = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    turned.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=False)
+    turned.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return turned
+
+
+def is_transposed(model: nn.Module, name: str) -> bool:
+    """Whether the weight of this name is stored as (in, out), so that its layer is x W + b."""
+    return _is_transposed(_module_of(model, name))
+
+
+def _module_of(model: nn.Module, name: str) -> nn.Module | None:
     path = name.removesuffix(".weight")
     if path == name:
         return None
     try:
-        module = model.get_submodule(path)
+        return model.get_submodule(path)
     except AttributeError:
         return None
-    return module if isinstance(module, nn.Linear) else None
+
+
+def _is_transposed(module: nn.Module | None) -> TypeGuard[nn.Module]:
+    # By name, for transformers stays out of here: the linear layer of GPT and GPT-2.
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def num_trained(layers: Iterable[FactoredLinear]) -> int:

@@ -7,7 +7,7 @@ the weights from our own reader, so any fsspec URI works.
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,27 +33,43 @@ class Backbone:
     """
 
     module: nn.Module
-    prefix: str
-    """What checkpoint names carry before the module's, such as `bert.`."""
+    names: Mapping[str, str]
+    """Of the checkpoint's tensors that are the backbone's, the module's names; a head has none."""
     unused: tuple[str, ...]
     """Module names that may be absent from a checkpoint, for features do not depend on them."""
     pooled: bool
-    """Whether the module's own output is the features; else tokens are averaged."""
+    """Whether the module's own output is the features; else tokens or patches are averaged."""
 
     def features(self, inputs: Inputs) -> Tensor:
         """Features (b, d)."""
         if self.pooled:
             return _checked(self.module(inputs))
         if isinstance(inputs, Tensor):
-            return _checked(self.module(inputs).last_hidden_state.mean(dim=1))
+            hidden = self.module(inputs).last_hidden_state
+            # Of patches (b, t, d), or of a convolution's maps (b, d, h, w).
+            return _checked(hidden.mean(dim=1) if hidden.dim() == 3 else hidden.mean(dim=(2, 3)))
         hidden = self.module(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         # At least one: a text of no tokens must not divide by zero.
         return _checked((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0))
 
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """A language model's scores of each next token (b, t, vocabulary)."""
+        out = self.module(**inputs)
+        logits: object = getattr(out, "logits", out)
+        shape = (*inputs["input_ids"].shape,)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TrainingError(
+                f"the language model returned {got}",
+                f"Expected scores of each next token, ({shape[0]}, {shape[1]}, vocabulary).",
+                "Set `model` to a causal language model, as transformers:AutoModelForCausalLM.",
+            )
+        return logits
+
     def module_name(self, name: str) -> str:
         """The module's name of a checkpoint's tensor."""
-        return name.removeprefix(self.prefix)
+        return self.names.get(name, name)
 
 
 def _checked(features: object) -> Tensor:
@@ -95,7 +111,7 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
         ) from error
     backbone = Backbone(
         module=module.eval().float(),
-        prefix=_prefix(module, base) if is_transformers else "",
+        names=_names(module, base) if is_transformers else {n: n for n in base.tensors},
         unused=UNUSED_MODULES if is_transformers else (),
         pooled=not is_transformers,
     )
@@ -119,10 +135,39 @@ def _from_callable(
     return module
 
 
-def _prefix(module: nn.Module, base: Checkpoint) -> str:
-    """What a checkpoint saved with a head carries before the backbone's names: `bert.` or none."""
+def _names(module: nn.Module, base: Checkpoint) -> dict[str, str]:
+    """The module's names by checkpoint name.
+
+    A checkpoint saved with a head carries the backbone's prefix, such as `bert.`, and what lies
+    outside it is the head; a module with a head carries it too, whatever the checkpoint does.
+    """
+    renamings = _renamings(module)
+    renamed = {name: _renamed(name, renamings) for name in base.tensors}
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    return prefix if any(name.startswith(prefix) for name in base.tensors) else ""
+    given = any(name.startswith(prefix) for name in renamed.values())
+    own = any(name.startswith(prefix) for name in module.state_dict())
+    if given and not own:
+        return {n: r.removeprefix(prefix) for n, r in renamed.items() if r.startswith(prefix)}
+    added = prefix if own and not given else ""
+    return {n: added + r for n, r in renamed.items()}
+
+
+def _renamings(module: nn.Module) -> list[Any]:
+    """transformers' own renamings: some modules' names are no longer those in files.
+
+    What it computes instead, such as fused experts, is left out here and told as missing later.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    found: list[Any] = get_model_conversion_mapping(cast(Any, module))
+    return [transform for transform in found if isinstance(transform, WeightRenaming)]
+
+
+def _renamed(name: str, renamings: list[Any]) -> str:
+    for renaming in renamings:
+        name = renaming.rename_source_key(name)[0]
+    return name
 
 
 def lacking(checkpoint: Checkpoint, *, base: Checkpoint) -> list[str]:
@@ -165,11 +210,11 @@ def load_weights(backbone: Backbone, *, checkpoint: Checkpoint, base: Checkpoint
 
 def _check_names(backbone: Backbone, *, base: Checkpoint) -> None:
     expected = backbone.module.state_dict()
-    # A checkpoint saved with a head has tensors outside the prefix: the head, which is not ours.
-    inside = {n for n in base.tensors if n.startswith(backbone.prefix)}
-    given = {backbone.module_name(n) for n in inside}
+    given = set(backbone.names.values())
     missing = sorted(
-        n for n in set(expected) - given if not n.startswith(backbone.unused or ("\0",))
+        n
+        for n in set(expected) - given - _tied(expected, given=given)
+        if not n.startswith(backbone.unused or ("\0",))
     )
     unexpected = sorted(
         n
@@ -183,3 +228,9 @@ def _check_names(backbone: Backbone, *, base: Checkpoint) -> None:
                 f"{len(names)} such tensors; the backbone has {len(expected)}.",
                 "Set `model` to the class or callable whose tensors are named like the base's.",
             )
+
+
+def _tied(tensors: Mapping[str, Tensor], *, given: set[str]) -> set[str]:
+    """Names that share the memory of a given one, as an output layer tied to the embeddings."""
+    held = {tensors[name].data_ptr() for name in given & set(tensors)}
+    return {n for n, t in tensors.items() if t.numel() and t.data_ptr() in held}

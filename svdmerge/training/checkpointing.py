@@ -65,7 +65,7 @@ class RayCheckpoints:
         """Report the state. States are equal on all workers, so the first one's is kept."""
         from ray import train
 
-        metrics = {"epoch": state["epoch"], "loss": state["curve"][-1][0]}
+        metrics = {"epoch": state["epoch"], **(state["curve"][-1] if state["curve"] else {})}
         if train.get_context().get_world_rank() != 0:
             train.report(metrics)
             return

@@ -1,4 +1,4 @@
-"""The target's examples: read from parquet, drawn, turned into inputs, and put in batches."""
+"""The target's examples: read, drawn, turned into inputs, and put in batches."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -16,7 +14,9 @@ from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.backbone import Inputs
-from svdmerge.training.tokens import tokenise
+from svdmerge.training.columns import Column, check_classes, read_columns, stacked
+from svdmerge.training.images import Scaling, read_images
+from svdmerge.training.tokens import MODEL_COLUMNS, tokenise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,8 +25,11 @@ class Examples:
 
     inputs: Tensor | Sequence[dict[str, Tensor]]
     labels: Tensor
+    """Zeros where the task has none."""
     padding: dict[str, int]
     """What shorter texts are filled with, by token column."""
+    scaling: Scaling | None = None
+    """Of images, which are kept as bytes."""
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -34,7 +37,8 @@ class Examples:
     def batch(self, rows: Sequence[int]) -> Inputs:
         """Inputs of some examples; texts padded to the longest of them."""
         if isinstance(self.inputs, Tensor):
-            return self.inputs[list(rows)]
+            inputs = self.inputs[list(rows)]
+            return inputs if self.scaling is None else self.scaling(inputs)
         texts = [self.inputs[i] for i in rows]
         return {
             column: torch.nn.utils.rnn.pad_sequence(
@@ -50,9 +54,21 @@ class Examples:
         lengths = [len(text["input_ids"]) for text in self.inputs]
         return sorted(range(len(self)), key=lambda i: (lengths[i], i))
 
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """Some of the examples, in this order."""
+        inputs = self.inputs
+        return Examples(
+            inputs=inputs[list(rows)] if isinstance(inputs, Tensor) else [inputs[i] for i in rows],
+            labels=self.labels[list(rows)],
+            padding=self.padding,
+            scaling=self.scaling,
+        )
+
     def digest(self) -> str:
         """sha256 of inputs and labels, as the backbone sees them."""
         digest = hashlib.sha256(self.labels.numpy().tobytes())
+        if self.scaling is not None:
+            digest.update(repr(self.scaling).encode())
         if isinstance(self.inputs, Tensor):
             digest.update(f"{list(self.inputs.shape)}".encode())
             digest.update(self.inputs.contiguous().numpy().tobytes())
@@ -65,27 +81,16 @@ class Examples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Column:
-    """Raw inputs and labels of one parquet file."""
-
-    path: str
-    inputs: pa.ChunkedArray
-    labels: np.ndarray
-
-    def take(self, rows: Sequence[int]) -> "Column":
-        """Some of the rows."""
-        index = np.asarray(rows, dtype=np.int64)
-        return Column(path=self.path, inputs=self.inputs.take(index), labels=self.labels[index])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Target:
     """The drawn training examples, the test examples and the number of classes."""
 
     train: Examples
     test: Examples
     num_classes: int
+    """0 of a language target."""
     notes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    """Their names, where sub-folders give them."""
 
 
 def load_target(config: TuneConfig, *, base: Checkpoint) -> Target:
@@ -95,98 +100,39 @@ def load_target(config: TuneConfig, *, base: Checkpoint) -> Target:
         TrainingError: a file or column is missing or unfit, a class has no example, or a test label
             is not among the training labels.
     """
-    everything = read_columns(config.train, config=config)
-    num_classes = check_classes(everything, label=config.label)
-    drawn = everything.take(draw(everything.labels, per_class=config.per_class, seed=config.seed))
-    test = read_columns(config.test, config=config)
-    _check_test(test, num_classes=num_classes, config=config)
+    drawn = draw_training(config)
+    test = read_columns(config.test, config=config, classes=drawn.classes)
+    num_classes = 0 if config.task == "causal_lm" else int(drawn.labels.max()) + 1
+    if num_classes:
+        _check_test(test, num_classes=num_classes, config=config)
     train_examples, test_examples = (
-        _examples(part, config=config, base=base) for part in (drawn, test)
+        prepare(part, config=config, base=base) for part in (drawn, test)
     )
     return Target(
         train=train_examples,
         test=test_examples,
         num_classes=num_classes,
-        notes=tuple(_short_classes(drawn.labels, per_class=config.per_class)),
+        notes=(
+            *(_short_classes(drawn.labels, per_class=config.per_class) if num_classes else ()),
+            *_cut(train_examples, "training", max_length=config.max_length),
+            *_cut(test_examples, "test", max_length=config.max_length),
+        ),
+        classes=drawn.classes,
     )
 
 
 def load_training(config: TuneConfig, *, base: Checkpoint) -> Examples:
     """The drawn training examples alone: what a training process needs. Raises as `load_target`."""
+    return prepare(draw_training(config), config=config, base=base)
+
+
+def draw_training(config: TuneConfig) -> Column:
+    """The drawn training examples as they are stored. Raises as `load_target`."""
     everything = read_columns(config.train, config=config)
-    check_classes(everything, label=config.label)
+    if config.task != "causal_lm":
+        check_classes(everything, label=config.label)
     rows = draw(everything.labels, per_class=config.per_class, seed=config.seed)
-    return _examples(everything.take(rows), config=config, base=base)
-
-
-def read_columns(path: str, *, config: TuneConfig) -> Column:
-    """Inputs and labels of a parquet file at a path or fsspec URI.
-
-    Raises:
-        TrainingError: the file cannot be read or is empty, or a column is missing, holds nulls, or
-            is of the wrong kind.
-    """
-    file = Folder.at(path)
-    try:
-        with file.fs.open(file.path(), "rb") as opened:
-            table = pq.read_table(opened)
-    except (OSError, pa.ArrowException) as error:
-        raise TrainingError(
-            f"{path}: cannot be read as parquet", str(error), "Check the path."
-        ) from error
-    for name in (config.input, config.label):
-        if name not in table.column_names:
-            raise TrainingError(
-                f"{path}: has no column `{name}`",
-                f"Its columns: {', '.join(table.column_names)}.",
-                "Set `input` and `label` to the columns of your file.",
-            )
-        if nulls := table.column(name).null_count:
-            raise TrainingError(
-                f"{path}: column `{name}` holds {nulls} nulls", "", "Fill or drop those rows."
-            )
-    if not table.num_rows:
-        raise TrainingError(f"{path}: has no rows", "", "Give a file with examples.")
-    inputs, labels = table.column(config.input), table.column(config.label)
-    _check_kinds(path, inputs=inputs, labels=labels, config=config)
-    return Column(path=path, inputs=inputs, labels=labels.to_numpy().astype(np.int64))
-
-
-def _check_kinds(
-    path: str, *, inputs: pa.ChunkedArray, labels: pa.ChunkedArray, config: TuneConfig
-) -> None:
-    if not pa.types.is_integer(labels.type):
-        raise TrainingError(
-            f"{path}: column `{config.label}` is {labels.type}",
-            "Labels are whole numbers from 0 to classes - 1.",
-            "Number the classes.",
-        )
-    is_text = pa.types.is_string(inputs.type) or pa.types.is_large_string(inputs.type)
-    if config.task == "text" and not is_text:
-        raise TrainingError(
-            f"{path}: column `{config.input}` is {inputs.type}",
-            "`task: text` needs strings.",
-            "Set `input` to a column of strings, or `task: tensor`.",
-        )
-
-
-def check_classes(column: Column, *, label: str) -> int:
-    """The number of classes. Raises: TrainingError, unless labels are exactly 0 to classes - 1."""
-    found, place = np.unique(column.labels), f"{column.path}: column `{label}`"
-    if found[0] < 0:
-        raise TrainingError(
-            f"{place}: holds the label {found[0]}", "Labels start at 0.", "Number the classes."
-        )
-    if len(found) != found[-1] + 1:
-        absent = int(np.setdiff1d(np.arange(found[-1] + 1), found)[0])
-        raise TrainingError(
-            f"{place}: no example of class {absent}",
-            f"{len(found)} classes, yet the largest label is {found[-1]}.",
-            "Number the classes without gaps.",
-        )
-    if len(found) < 2:
-        raise TrainingError(f"{place}: holds one class", "", "Give examples of two at least.")
-    return len(found)
+    return everything.take(rows)
 
 
 def _check_test(test: Column, *, num_classes: int, config: TuneConfig) -> None:
@@ -207,13 +153,35 @@ def draw(labels: np.ndarray, *, per_class: int | None, seed: int) -> list[int]:
     if per_class is None:
         return list(range(len(labels)))
 
-    def rank(row: int) -> bytes:
-        return hashlib.sha256(f"{seed}\0{row}".encode()).digest()
-
     rows: list[int] = []
     for label in np.unique(labels):
-        rows += sorted(np.flatnonzero(labels == label).tolist(), key=rank)[:per_class]
+        found: list[int] = np.flatnonzero(labels == label).tolist()
+        rows += sorted(found, key=lambda row: _hash(seed, row))[:per_class]
     return sorted(rows)
+
+
+def hold_out(labels: np.ndarray, *, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows held out, both ascending: of every class alike, one stays at least.
+
+    Raises:
+        TrainingError: the share is so small that it comes to no example at all.
+    """
+    # Another order than the draw's, so that what is held out is no matter of how many were drawn.
+    held: list[int] = []
+    for label in np.unique(labels):
+        rows = sorted(np.flatnonzero(labels == label).tolist(), key=lambda row: _hash(~seed, row))
+        held += rows[: min(int(share * len(rows) + 0.5), len(rows) - 1)]
+    if share > 0 and not held:
+        raise TrainingError(
+            f"validation_share: {share:.3g} of each class comes to no example",
+            f"{len(labels)} training examples of {len(np.unique(labels))} classes.",
+            "Raise it, give more examples, or leave it out.",
+        )
+    return sorted(set(range(len(labels))) - set(held)), sorted(held)
+
+
+def _hash(seed: int, row: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{row}".encode()).digest()
 
 
 def _short_classes(labels: np.ndarray, *, per_class: int | None) -> Iterator[str]:
@@ -227,36 +195,51 @@ def _short_classes(labels: np.ndarray, *, per_class: int | None) -> Iterator[str
         )
 
 
-def _examples(column: Column, *, config: TuneConfig, base: Checkpoint) -> Examples:
+def _cut(examples: Examples, part: str, *, max_length: int) -> Iterator[str]:
+    """A note on texts as long as they may be: what was behind is not seen."""
+    if isinstance(examples.inputs, Tensor):
+        return
+    if count := sum(len(text["input_ids"]) >= max_length for text in examples.inputs):
+        yield (
+            f"{count} of {len(examples)} {part} texts have {max_length} tokens or more and are cut "
+            "there (`max_length`)"
+        )
+
+
+def prepare(column: Column, *, config: TuneConfig, base: Checkpoint) -> Examples:
+    """Inputs and labels as the backbone takes them: tokens, pixels, or the numbers as they are.
+
+    Raises:
+        TrainingError: a row cannot be turned into an input; its place is named.
+    """
     labels = torch.from_numpy(column.labels)
     if config.task == "tensor":
-        return Examples(inputs=_stack(column, config.input), labels=labels, padding={})
-    texts, padding = tokenise(column.inputs.to_pylist(), base=base, max_length=config.max_length)
+        return Examples(inputs=stacked(column, config.input), labels=labels, padding={})
+    items: list[Any] = column.inputs.to_pylist()
+    if config.task == "image":
+        folder = Folder.at(column.path)
+        folder = folder if folder.fs.isdir(folder.path()) else folder.parent
+        pixels, scaling = read_images(items, base=base, folder=folder, places=column.places)
+        return Examples(inputs=pixels, labels=labels, padding={}, scaling=scaling)
+    texts, padding = tokenise(items, base=base, max_length=config.max_length)
+    if config.task == "causal_lm":
+        _check_predictable(texts, places=column.places)
+        texts = [{name: text[name] for name in MODEL_COLUMNS} for text in texts]
+        padding = {name: padding[name] for name in MODEL_COLUMNS}
     return Examples(inputs=texts, labels=labels, padding=padding)
 
 
-def _stack(column: Column, name: str) -> Tensor:
-    """A (possibly nested) list column as one float32 tensor."""
-    values: Any = column.inputs.combine_chunks()
-    shape = [len(values)]
-    while pa.types.is_nested(values.type):
-        lengths = [int(n) for n in set(values.value_lengths().to_pylist())]
-        if len(lengths) != 1:
+_examples = prepare
+
+
+def _check_predictable(texts: Sequence[dict[str, Tensor]], *, places: Sequence[str]) -> None:
+    for text, place in zip(texts, places, strict=True):
+        if len(text["input_ids"]) < 2:
             raise TrainingError(
-                f"{column.path}: column `{name}` holds lists of {len(lengths)} lengths",
-                "`task: tensor` stacks all examples, so their shapes must agree.",
-                "Pad or crop them to one shape.",
+                f"{place}: its text has {len(text['input_ids'])} tokens",
+                "A language model foretells each token from those before it: two at least.",
+                "Drop empty texts, and keep `max_length` above 1.",
             )
-        shape.append(lengths[0])
-        values = values.flatten()
-    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
-        raise TrainingError(
-            f"{column.path}: column `{name}` holds {values.type}",
-            "`task: tensor` needs lists of numbers.",
-            "Decode it to numbers first.",
-        )
-    array = values.to_numpy(zero_copy_only=False).astype(np.float32)
-    return torch.from_numpy(array.reshape(shape))
 
 
 def epoch_order(num_examples: int, *, seed: int, epoch: int) -> list[int]:

@@ -51,7 +51,8 @@ def extract(backbone: Backbone, examples: Examples, *, device: torch.device) -> 
 
 
 class FeatureStore:
-    """Features of whole models on the target, from the run's folder where they are there."""
+    """What whole models measure on the target, from the run's folder where it is there: features,
+    or likelihoods of a language target."""
 
     def __init__(
         self,
@@ -61,10 +62,11 @@ class FeatureStore:
         target: Target,
         config: TuneConfig,
         folder: Folder,
+        measure: Callable[[Examples], Tensor],
         device: torch.device,
     ) -> None:
         self._backbone, self._base, self._folder, self._device = backbone, base, folder, device
-        self._config = config
+        self._config, self._measure = config, measure
         self._examples = {"train": target.train, "test": target.test}
         self._digests = {name: part.digest() for name, part in self._examples.items()}
         self._loaded = ""
@@ -91,7 +93,7 @@ class FeatureStore:
             load_weights(self._backbone, checkpoint=model, base=self._base)
             self._backbone.module.to(self._device)
             self._loaded = model.revision
-        return extract(self._backbone, self._examples[part], device=self._device)
+        return self._measure(self._examples[part])
 
 
 def cached(folder: Folder, key: str, compute: Callable[[], Tensor]) -> Features:

@@ -19,9 +19,12 @@ from svdmerge.training.checkpointing import (
     read_state,
     save_file,
 )
-from svdmerge.training.data import Examples, load_training
-from svdmerge.training.loop import Group, Loop, train
+from svdmerge.training.data import Examples
+from svdmerge.training.loop import Group, Loop, chosen, train
+from svdmerge.training.objective import objective_of
+from svdmerge.training.stream import dataset, received
 from svdmerge.training.trainee import Job, build_trainee
+from svdmerge.training.watch import Teller, watching
 
 TRAINED = "trained.pt"
 # A worker lost to its node or to memory comes back this often; more often points at the job itself.
@@ -38,16 +41,22 @@ def fit(
     """
     if job.folder.stat(TRAINED) is not None:
         return load_file(job.folder, TRAINED), True
-    state = _fit_on_ray(job) if use_ray else _fit_here(job, examples=examples, on_epoch=on_epoch)
+    work = _fit_on_ray if use_ray else _fit_here
+    state = chosen(work(job, examples=examples, on_epoch=on_epoch))
     save_file(job.folder, TRAINED, state)
     return state, state["resumes"] > 0
 
 
 def _fit_here(job: Job, *, examples: Examples, on_epoch: Callable[[int], None]) -> State:
-    trainee = build_trainee(job, examples=examples, device=own_device(use_gpu=job.config.use_gpu))
+    trainee = build_trainee(
+        job,
+        examples=examples,
+        objective=objective_of(job.config),
+        device=own_device(use_gpu=job.config.use_gpu),
+    )
     loop = Loop(trainee, examples=examples, config=job.config, group=Group())
     checkpoints = FolderCheckpoints(job.folder.child("checkpoints"))
-    return train(loop, config=job.config, checkpoints=checkpoints, on_epoch=on_epoch)
+    return train(loop, checkpoints=checkpoints, on_epoch=lambda loop: on_epoch(loop.epoch))
 
 
 def own_device(*, use_gpu: bool) -> torch.device:
@@ -59,18 +68,41 @@ def own_device(*, use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def _fit_on_ray(job: Job) -> State:
+def _fit_on_ray(job: Job, *, examples: Examples, on_epoch: Callable[[int], None]) -> State:
+    trainer = _trainer(job, examples=examples)
+    with watching(job.folder, on_epoch):
+        fitted = _fitted(trainer)
+    if fitted.return_value is not None:
+        raise TrainingError(*fitted.return_value)
+    checkpoint = fitted.checkpoint
+    if checkpoint is None:
+        raise TrainingError(
+            "tuning: the workers ended without a checkpoint", "", "See the workers' logs."
+        )
+    with checkpoint.as_directory() as path:
+        return read_state(path)
+
+
+def _trainer(job: Job, *, examples: Examples) -> Any:
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
 
     workers = job.config.num_workers
-    trainer = TorchTrainer(
+    most = workers if isinstance(workers, int) else workers[1]
+    return TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "search_path": backbone_path(job.config)},
+        train_loop_config={
+            "job": job,
+            "like": examples.take([]),
+            "search_paths": [backbone_path(job.config), _package_path(job.config.loss)],
+        },
+        # Every worker draws from all rows: see `stream`.
+        datasets={"train": dataset(job.config, base=job.base)},
+        dataset_config=ray_train.DataConfig(datasets_to_split=[]),
         scaling_config=ray_train.ScalingConfig(
             num_workers=workers,
             use_gpu=job.config.use_gpu,
-            resources_per_worker={"CPU": _cpus(job.threads, workers=workers)}
+            resources_per_worker={"CPU": _cpus(job.threads, workers=most)}
             | ({"GPU": 1.0} if job.config.use_gpu else {}),
         ),
         # One name for one job: fitting again, as after the driver died, resumes by itself.
@@ -83,16 +115,6 @@ def _fit_on_ray(job: Job) -> State:
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    fitted = _fitted(trainer)
-    if fitted.return_value is not None:
-        raise TrainingError(*fitted.return_value)
-    checkpoint = fitted.checkpoint
-    if checkpoint is None:
-        raise TrainingError(
-            "tuning: the workers ended without a checkpoint", "", "See the workers' logs."
-        )
-    with checkpoint.as_directory() as path:
-        return read_state(path)
 
 
 def _fitted(trainer: Any) -> Any:
@@ -116,29 +138,36 @@ def _fitted(trainer: Any) -> Any:
 def _worker(settings: dict[str, Any]) -> tuple[str, ...] | None:
     """One training process: places come in the job, state leaves by checkpoints alone.
 
-    Returned is an error of the training itself: the loss is a sum over all workers, so each of them
-    meets it, and restarting them, as Ray does after an exception, would only repeat it.
+    Returned is an error of the training itself: the model, and the loss as a sum over all workers,
+    are the same for each of them, so all meet it, and restarting them, as Ray does after an
+    exception, would only repeat it.
     """
     from ray import train as ray_train
     from ray.train.torch import get_device
 
-    if settings["search_path"] not in sys.path:
-        sys.path.append(settings["search_path"])
-
+    sys.path += [path for path in settings["search_paths"] if path not in sys.path]
     job: Job = settings["job"]
     # A worker process keeps whatever number of threads it was last set to.
     torch.set_num_threads(job.threads)
     device = get_device() if job.config.use_gpu else torch.device("cpu")
-    examples = load_training(job.config, base=job.base)
-    trainee = build_trainee(job, examples=examples, device=device)
+    examples = received(ray_train.get_dataset_shard("train"), like=settings["like"])
     context = ray_train.get_context()
     group = Group(rank=context.get_world_rank(), world=context.get_world_size())
-    loop = Loop(trainee, examples=examples, config=job.config, group=group)
     try:
-        train(loop, config=job.config, checkpoints=RayCheckpoints(), on_epoch=lambda _: None)
+        trainee = build_trainee(
+            job, examples=examples, objective=objective_of(job.config), device=device
+        )
+        loop = Loop(trainee, examples=examples, config=job.config, group=group)
+        tell = Teller(job.folder) if group.rank == 0 else _silent
+        train(loop, checkpoints=RayCheckpoints(), on_epoch=tell)
     except TrainingError as error:
         return error.args
     return None
+
+
+def _silent(loop: Loop) -> None:
+    """Tell nothing: the first worker tells for all."""
+    del loop
 
 
 def backbone_path(config: TuneConfig) -> str:
@@ -147,7 +176,11 @@ def backbone_path(config: TuneConfig) -> str:
     Workers on this machine do not inherit all of this process's search path; elsewhere the package
     comes with the cluster's environment, and a path that is not there does no harm.
     """
-    found = importlib.util.find_spec(config.model.partition(":")[0].partition(".")[0])
+    return _package_path(config.model)
+
+
+def _package_path(name: str) -> str:
+    found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
     if found is None or found.origin is None:
         return ""
     place = Path(found.origin).parent
@@ -157,12 +190,14 @@ def backbone_path(config: TuneConfig) -> str:
 def _cpus(threads: int, *, workers: int) -> float:
     """CPUs a worker asks for: its threads, or its part of a cluster that has fewer.
 
-    Ray would wait forever for CPUs that no node has.
+    Ray would wait forever for CPUs that no node has, and workers that hold all of them would wait
+    forever for the tasks of Ray Data that prepare their examples: one, or half, is left to those.
     """
     import ray
 
     total = float(ray.cluster_resources().get("CPU", 0.0))
-    return min(float(threads), total / workers) if total else float(threads)
+    left = total - 1.0 if total > 1 else total / 2
+    return min(float(threads), left / workers) if total else float(threads)
 
 
 def _arrow_filesystem(folder: Folder) -> Any:

@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from svdmerge.core.transfer import ridge
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.backbone import Backbone, build_backbone, load_weights
 from svdmerge.training.blend import Blend, at_strengths, differences
 from svdmerge.training.data import Examples, draw, load_training
-from svdmerge.training.features import extract
+from svdmerge.training.objective import Objective, objective_of
 
 # Of what is cached: other losses must not find the old numbers.
 VERSION = 1
@@ -66,8 +65,9 @@ def judge(unit: JudgeUnit) -> Judged:
     load_weights(backbone, checkpoint=unit.base, base=unit.base)
     examples = judged_examples(unit.config, base=unit.base)
     changes = differences(unit.blend, base=unit.base)
+    objective = objective_of(unit.config)
     losses = tuple(
-        tuple(float(x) for x in example_losses(backbone, examples))
+        tuple(float(x) for x in example_losses(backbone, examples, objective=objective))
         for _ in at_strengths(backbone, changes=changes, strengths=unit.strengths)
     )
     found = Judged(losses=losses, seconds=time.perf_counter() - start)
@@ -75,11 +75,11 @@ def judge(unit: JudgeUnit) -> Judged:
     return found
 
 
-def example_losses(backbone: Backbone, examples: Examples) -> Tensor:
-    """Each example's loss (b,) in nats, by a ridge head fitted without it on frozen features."""
-    features = extract(backbone, examples, device=torch.device("cpu"))
-    num_classes = int(examples.labels.max()) + 1
-    return ridge(features, labels=examples.labels, num_classes=num_classes).log_loss
+def example_losses(backbone: Backbone, examples: Examples, *, objective: Objective) -> Tensor:
+    """Each example's loss (b,) in nats: by a ridge head fitted without it on frozen features, or
+    per predicted token of a language model."""
+    measured = objective.measure(backbone, examples, device=torch.device("cpu"))
+    return objective.judge(measured, examples).losses
 
 
 def judged_examples(config: TuneConfig, *, base: Checkpoint) -> Examples:

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from svdmerge.errors import TrainingError
 from svdmerge.recipe import TuneConfig
 from svdmerge.training.checkpointing import Checkpoints, State
-from svdmerge.training.data import Examples, epoch_order, global_batches, share
+from svdmerge.training.data import Examples, epoch_order, global_batches, hold_out, share
 from svdmerge.training.trainee import Trainee
+
+Point = dict[str, float]
+"""An epoch of the curve, by the names of `EpochPoint`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +37,15 @@ class Group:
 
 
 class Loop:
-    """A training run between epochs: optimizer, epochs done, and the curve so far."""
+    """A training run between epochs: optimizer, epochs done, the curve, and the best values yet."""
 
     def __init__(
         self, trainee: Trainee, *, examples: Examples, config: TuneConfig, group: Group
     ) -> None:
         self._trainee, self._examples, self._config, self._group = trainee, examples, config, group
-        self._labels = examples.labels.to(trainee.device)
+        self._rows, self._held = hold_out(
+            examples.labels.numpy(), share=config.validation_share, seed=config.seed
+        )
         self._values = trainee.values()
         self._head = list(trainee.head.parameters())
         # No weight decay: zero change means the merge as it is, and the head starts from a ridge
@@ -51,22 +55,34 @@ class Loop:
             lr=config.learning_rate,
             weight_decay=0.0,
         )
-        self._steps_per_epoch = math.ceil(len(examples) / config.batch_size)
-        self._seconds = 0.0
-        self._resumes = 0
+        self._steps_per_epoch = math.ceil(len(self._rows) / config.batch_size)
+        self._seconds, self._resumes = 0.0, 0
+        self._saved_at, self._due = time.monotonic(), False
         self.epoch = 0
-        self.curve: list[tuple[float, float]] = []
+        self.curve: list[Point] = []
+        # Epoch 0 competes: where no epoch is better, nothing is changed.
+        self._best: State = self._candidate(self._held_out()["held_out_loss"]) if self._held else {}
+
+    @property
+    def done(self) -> bool:
+        """Whether no epoch is left, or too many went by without a better held-out loss."""
+        waited = self.epoch - self._best["epoch"] if self._best else 0
+        return self.epoch >= self._config.epochs or waited >= self._config.patience
+
+    @property
+    def due(self) -> bool:
+        """Whether a checkpoint is to be saved now; the same on all processes."""
+        return self.done or (self._due and self.epoch % self._config.checkpoint_every == 0)
 
     def state(self) -> State:
         """All that a resume needs. The schedule and the order follow from the epoch."""
-        names = sorted(self._trainee.layers)
-        values = [v.detach().cpu().clone() for v in self._values]
+        self._saved_at = time.monotonic()
         return {
             "epoch": self.epoch,
-            "sigma_change": dict(zip(names, values, strict=True)),
-            "head": {n: p.detach().cpu().clone() for n, p in self._head_parameters()},
+            **self._trained(),
             "optimizer": self._optimizer.state_dict(),
-            "curve": [list(point) for point in self.curve],
+            "curve": [dict(point) for point in self.curve],
+            "best": self._best,
             "seconds": self._seconds,
             "resumes": self._resumes,
         }
@@ -76,59 +92,88 @@ class Loop:
         with torch.no_grad():
             for name, value in state["sigma_change"].items():
                 self._trainee.layers[name].sigma_change.copy_(value)
-            for name, parameter in self._head_parameters():
+            for name, parameter in self._trainee.head.named_parameters():
                 parameter.copy_(state["head"][name])
         self._optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self._seconds = state["epoch"], state["seconds"]
+        self.epoch, self._seconds, self._best = state["epoch"], state["seconds"], state["best"]
         self._resumes = state["resumes"] + 1
-        self.curve = [(loss, accuracy) for loss, accuracy in state["curve"]]
+        self.curve = [dict(point) for point in state["curve"]]
 
     def run_epoch(self) -> None:
-        """Train on every example once.
+        """Train once on every example that is not held out, then measure those that are.
 
         Raises:
             TrainingError: the loss is no longer finite.
         """
         start = time.perf_counter()
-        order = epoch_order(len(self._examples), seed=self._config.seed, epoch=self.epoch)
-        loss, correct = 0.0, 0.0
+        order = epoch_order(len(self._rows), seed=self._config.seed, epoch=self.epoch)
+        loss, right = 0.0, 0.0
         batches = global_batches(order, batch_size=self._config.batch_size)
         for number, batch in enumerate(batches):
             self._set_rates(self.epoch * self._steps_per_epoch + number)
-            sums = self._step(list(batch))
-            loss, correct = loss + sums[0], correct + sums[1]
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"tuning: the loss became {loss} in epoch {self.epoch + 1}",
-                f"learning_rate {self._config.learning_rate}, "
-                f"head_learning_rate {self._config.head_learning_rate}.",
-                "Lower the learning rates.",
-            )
+            sums = self._step([self._rows[i] for i in batch])
+            loss, right = loss + sums[0], right + sums[1]
+        self._check_finite(loss)
         self.epoch += 1
-        self.curve.append((loss / len(order), correct / len(order)))
+        point = {"loss": loss / len(order), "accuracy": right / len(order)}
+        if self._held:
+            point |= self._held_out()
+            if point["held_out_loss"] < self._best["loss"]:
+                self._best = self._candidate(point["held_out_loss"])
+        self.curve.append(point)
         self._seconds += time.perf_counter() - start
 
     def _step(self, batch: list[int]) -> tuple[float, float]:
-        """One step on a global batch; the sums of its losses and of its right answers."""
+        """One step on a global batch; the sums of its losses and of how much was right."""
         parameters = [*self._values, *self._head]
-        own = list(share(batch, rank=self._group.rank, world=self._group.world))
+        own = share(batch, rank=self._group.rank, world=self._group.world)
         total = sum(p.numel() for p in parameters)
-        flat = torch.zeros(total + 2, device=self._trainee.device)
-        if own:
-            scores = self._trainee.scores(self._examples, own)
-            labels = self._labels[own]
-            losses = F.cross_entropy(scores, labels, reduction="sum")
-            # Divided by the global batch, so that the workers' gradients add up to its mean.
-            grads = torch.autograd.grad(losses / len(batch), parameters)
-            torch.cat([g.reshape(-1) for g in grads], out=flat[:total])
-            flat[total] = losses.detach()
-            flat[total + 1] = (scores.argmax(dim=1) == labels).sum()
+        flat = torch.zeros(total + 3, device=self._trainee.device)
+        for part in range(self._config.accumulate):
+            if rows := list(share(own, rank=part, world=self._config.accumulate)):
+                losses, right = self._trainee.losses(self._examples, rows)
+                # Divided by the global batch, so that all parts' gradients add up to its mean.
+                grads = torch.autograd.grad(losses.sum() / len(batch), parameters)
+                flat[:total] += torch.cat([g.reshape(-1) for g in grads])
+                flat[total] += losses.detach().sum()
+                flat[total + 1] += right.sum()
+        flat[total + 2] = self._wants_checkpoint()
         self._group.add(flat)
         sizes = [p.numel() for p in parameters]
         for parameter, grad in zip(parameters, flat[:total].split(sizes), strict=True):
             parameter.grad = grad.view_as(parameter)
         self._optimizer.step()
-        return float(flat[total]), float(flat[total + 1])
+        loss, right, due = flat[total:].tolist()
+        self._due = due > 0
+        return loss, right
+
+    def _wants_checkpoint(self) -> float:
+        """1 where this process decides so: clocks differ, so one of them decides for all."""
+        waited = time.monotonic() - self._saved_at
+        return float(self._group.rank == 0 and waited >= self._config.checkpoint_every_s)
+
+    @torch.no_grad()
+    def _held_out(self) -> Point:
+        """Mean loss and accuracy on what is held out; the same bits on every process."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._trainee.device)
+        own = share(self._held, rank=self._group.rank, world=self._group.world)
+        for rows in global_batches(own, batch_size=self._config.batch_size):
+            losses, right = self._trainee.losses(self._examples, list(rows))
+            sums += torch.stack([losses.double().sum(), right.double().sum()])
+        self._group.add(sums)
+        loss, right = (sums / len(self._held)).tolist()
+        return {"held_out_loss": loss, "held_out_accuracy": right}
+
+    def _candidate(self, loss: float) -> State:
+        return {"epoch": self.epoch, "loss": loss, **self._trained()}
+
+    def _trained(self) -> State:
+        values = [v.detach().cpu().clone() for v in self._values]
+        head = self._trainee.head.named_parameters()
+        return {
+            "sigma_change": dict(zip(sorted(self._trainee.layers), values, strict=True)),
+            "head": {name: p.detach().cpu().clone() for name, p in head},
+        }
 
     def _set_rates(self, step: int) -> None:
         """Cosine from the full rates to zero over the whole training, a function of the step."""
@@ -139,19 +184,29 @@ class Loop:
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * factor
 
-    def _head_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return list(self._trainee.head.named_parameters())
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"tuning: the loss became {loss} in epoch {self.epoch + 1}",
+                f"learning_rate {self._config.learning_rate}, "
+                f"head_learning_rate {self._config.head_learning_rate}.",
+                "Lower the learning rates.",
+            )
 
 
-def train(
-    loop: Loop, *, config: TuneConfig, checkpoints: Checkpoints, on_epoch: Callable[[int], None]
-) -> State:
+def train(loop: Loop, *, checkpoints: Checkpoints, on_epoch: Callable[[Loop], None]) -> State:
     """The state after the last epoch, from the latest checkpoint on if there is one."""
     if (state := checkpoints.latest()) is not None:
         loop.restore(state)
-    while loop.epoch < config.epochs:
+    while not loop.done:
         loop.run_epoch()
-        if loop.epoch % config.checkpoint_every == 0 or loop.epoch == config.epochs:
+        if loop.due:
             checkpoints.save(loop.state())
-        on_epoch(loop.epoch)
+        on_epoch(loop)
     return loop.state()
+
+
+def chosen(state: State) -> State:
+    """The state with the values of the best epoch by the held-out loss, if there is any."""
+    best = state["best"]
+    return state | {k: best[k] for k in ("sigma_change", "head")} if best else state

@@ -12,7 +12,8 @@ class Row:
 
     name: str
     accuracy: float
-    """On the test examples."""
+    """On the test examples; of a language model, the share of their tokens that are the likeliest.
+    """
     trained: int
     """Values trained, without the head."""
     trained_with_head: int
@@ -21,13 +22,26 @@ class Row:
     loo_error: float | None
     """Mean squared leave-one-out error of the ridge head on the training examples.
 
-    Of a tuned model it is too good: its features were trained on the very examples left out.
+    Of a tuned model it is too good: its features were trained on the very examples left out. Of a
+    language model that was not tuned, nats per token: nothing was fitted to the training examples.
     """
+    nll: float | None = None
+    """Of a language model: mean over test texts of nats per predicted token. The least is best."""
+    perplexity: float | None = None
+    """exp(nll)."""
+
+    @property
+    def merit(self) -> float:
+        """What rows are compared by; the more the better."""
+        return self.accuracy if self.nll is None else -self.nll
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceScore:
-    """A source by its leave-one-out error on the training examples; the test takes no part."""
+    """A source by its leave-one-out error on the training examples; the test takes no part.
+
+    Of a language target that is its nats per token on them.
+    """
 
     name: str
     loo_error: float
@@ -40,6 +54,9 @@ class EpochPoint:
 
     loss: float
     accuracy: float
+    held_out_loss: float | None = None
+    """After the epoch, on the examples held out; None without `validation_share`."""
+    held_out_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +75,14 @@ class TuneResult:
     num_train: int
     num_test: int
     num_classes: int
+    """0 of a language target."""
+    classes: tuple[str, ...] = ()
+    """Names by label, where the examples' folders give them."""
+    seconds: float = 0.0
+    """The training itself, over all attempts."""
+    best_epoch: int | None = None
+    """Whose values were kept, by the held-out loss; 0 for none trained, None without a share."""
+    num_held_out: int = 0
 
     def row(self, name: str) -> Row:
         """The row of this name. Raises: KeyError."""
@@ -78,15 +103,22 @@ class TuneResult:
         raw["sources"] = tuple(SourceScore(**s) for s in raw["sources"])
         raw["curve"] = tuple(EpochPoint(**p) for p in raw["curve"])
         raw["notes"] = tuple(raw["notes"])
+        raw["classes"] = tuple(raw["classes"])
         return TuneResult(**raw)
 
 
-def verdict(*, tuned: Row, merged: Row, others: tuple[Row, ...], num_test: int) -> str:
-    """Whether tuning beats the merge as it is, and every other row, in plain sentences."""
-    # Of one accuracy on so many examples: what smaller differences are not told apart by.
-    error = math.sqrt(max(tuned.accuracy * (1 - tuned.accuracy), 0.0) / num_test)
-    gain = tuned.accuracy - merged.accuracy
-    figures = f"{tuned.accuracy:.3f} after, {merged.accuracy:.3f} before"
+def verdict(
+    *, tuned: Row, merged: Row, others: tuple[Row, ...], num_test: int, error: float | None = None
+) -> str:
+    """Whether tuning beats the merge as it is, and every other row, in plain sentences.
+
+    `error` is the standard error of the difference, by default that of one accuracy on so many
+    examples: what smaller differences are not told apart by.
+    """
+    if error is None:
+        error = math.sqrt(max(tuned.accuracy * (1 - tuned.accuracy), 0.0) / num_test)
+    gain = tuned.merit - merged.merit
+    figures = f"{_figure(tuned)} after, {_figure(merged)} before"
     if abs(gain) < error:
         told = f"Tuning made no clear difference to the merged model: {figures}"
     elif gain < 0:
@@ -94,7 +126,11 @@ def verdict(*, tuned: Row, merged: Row, others: tuple[Row, ...], num_test: int) 
     else:
         told = f"Tuning helped the merged model: {figures}"
     told += f" (standard error {error:.3f} on {num_test} test examples)."
-    best = max(others, key=lambda r: r.accuracy)
-    if best.accuracy > tuned.accuracy:
-        return f"{told} {best.name} does better untuned, {best.accuracy:.3f}: use it instead."
+    best = max(others, key=lambda r: r.merit)
+    if best.merit > tuned.merit:
+        return f"{told} {best.name} does better untuned, {_figure(best)}: use it instead."
     return told
+
+
+def _figure(row: Row) -> str:
+    return f"{row.accuracy:.3f}" if row.nll is None else f"{row.nll:.3f} nats per token"

@@ -19,6 +19,8 @@ from svdmerge.training.tune import tune
 
 SUMMARY = "targets.json"
 _FINISHED = "finished"
+# Settings that no number or file depends on.
+_HOW_OFTEN = {"use_gpu", "checkpoint_every", "checkpoint_every_s"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +212,9 @@ def _quiet(name: str, done: int, total: int) -> None:
 def _key(unit: TargetUnit) -> str:
     """sha256 of what a target's files depend on: settings, models, and the data files' versions."""
     fields = [
-        unit.config.model_dump(mode="json", exclude={"use_gpu", "checkpoint_every"}),
+        unit.config.model_dump(
+            mode="json", exclude={"use_gpu", "checkpoint_every", "checkpoint_every_s"}
+        ),
         unit.base.revision,
         unit.merged.revision,
         [s.revision for s in unit.sources],

@@ -13,6 +13,8 @@ from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import copy_side_files
 
+# What a language model takes; others, as token types, would be added to its embeddings.
+MODEL_COLUMNS = ("input_ids", "attention_mask")
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", ".model", ".tiktoken")
 
 
@@ -26,12 +28,15 @@ def tokenise(
     """
     tokenizer = load_tokenizer(base)
     columns: dict[str, list[list[int]]] = dict(
-        tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)
-    )
+        tokenizer(
+            list(texts), truncation=True, max_length=max_length, padding=False,
+            return_attention_mask=True,
+        )
+    )  # fmt: skip
     # Padded positions are masked, so any valid token serves where a tokenizer names none.
     padding = dict.fromkeys(columns, 0) | {"input_ids": tokenizer.pad_token_id or 0}
     rows = [
-        {column: torch.tensor(values[i]) for column, values in columns.items()}
+        {column: torch.tensor(values[i], dtype=torch.int64) for column, values in columns.items()}
         for i in range(len(texts))
     ]
     return rows, padding
@@ -45,7 +50,7 @@ def load_tokenizer(base: Checkpoint) -> Any:
         # Without these, transformers makes an empty tokenizer from config.json, and no error.
         if not any(name.endswith(VOCABULARIES) for name in base.folder.names()):
             raise OSError("none of its files is a vocabulary")
-        with _local_copy(base) as path:
+        with local_copy(base) as path:
             return AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
@@ -58,7 +63,7 @@ def load_tokenizer(base: Checkpoint) -> Any:
 
 
 @contextlib.contextmanager
-def _local_copy(base: Checkpoint) -> Generator[str]:
+def local_copy(base: Checkpoint) -> Generator[str]:
     """A local folder with the base's small files: transformers reads no URIs."""
     if base.folder.is_local:
         yield base.folder.path()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -19,7 +19,6 @@ from svdmerge.core.factored import (
 )
 from svdmerge.core.params import budget
 from svdmerge.core.svd import seed_of
-from svdmerge.core.transfer import LinearHead
 from svdmerge.errors import TrainingError
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint
@@ -29,11 +28,13 @@ from svdmerge.training.backbone import Backbone, build_backbone, load_weights
 from svdmerge.training.checkpointing import load_file
 from svdmerge.training.data import Examples
 from svdmerge.training.features import to_device
+from svdmerge.training.objective import Objective
 
 # Settings that change where or how often, not what is trained.
-_PLACES = frozenset(
-    {"test", "out", "num_workers", "use_gpu", "checkpoint_every", "save", "targets"}
-)
+_PLACES = frozenset({"test", "out", "num_workers", "use_gpu", "save", "targets"}) | {
+    "checkpoint_every",
+    "checkpoint_every_s",
+}
 HEAD = "head-start.pt"
 
 
@@ -59,8 +60,12 @@ class Trainee:
     backbone: Backbone
     layers: Mapping[str, FactoredLinear]
     """By checkpoint name."""
-    head: nn.Linear
+    head: nn.Module
+    """A linear layer on the features; nothing where the model's own output counts."""
+    objective: Objective
     device: torch.device
+    half: bool = False
+    """Whether the frozen model computes in bfloat16."""
 
     def values(self) -> list[nn.Parameter]:
         """The trained singular values' changes, in a fixed order."""
@@ -71,10 +76,12 @@ class Trainee:
         """Singular values that train."""
         return num_trained(self.layers.values())
 
-    def scores(self, examples: Examples, rows: list[int]) -> Tensor:
-        """Class scores of some examples."""
+    def losses(self, examples: Examples, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Of some examples (b,): each one's loss, and how much of it is told right, 0 to 1."""
         inputs = to_device(examples.batch(rows), self.device)
-        return self.head(self.backbone.features(inputs))
+        labels = examples.labels[rows].to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half):
+            return self.objective.losses(self.backbone, self.head, inputs, labels)
 
 
 def tuning_key(
@@ -143,7 +150,9 @@ def read_directions(job: Job, parameter: str) -> RankOneComponents:
     )
 
 
-def build_trainee(job: Job, *, examples: Examples, device: torch.device) -> Trainee:
+def build_trainee(
+    job: Job, *, examples: Examples, objective: Objective, device: torch.device
+) -> Trainee:
     """The merged model ready to train: sigma changes zero, the head at its stored start.
 
     A matrix that features do not depend on, such as a pooler's, is left out.
@@ -155,11 +164,13 @@ def build_trainee(job: Job, *, examples: Examples, device: torch.device) -> Trai
         backbone.module,
         directions={name: read_directions(job, p) for name, p in names.items()},
     )
-    head = _head(load_head(job.folder))
+    head = _head(load_file(job.folder, HEAD))
     trainee = Trainee(
         backbone=backbone,
         layers={names[name]: layer for name, layer in installed.items()},
         head=head.to(device),
+        objective=objective,
+        half=job.config.precision == "bfloat16",
         device=device,
     )
     backbone.module.to(device)
@@ -169,7 +180,7 @@ def build_trainee(job: Job, *, examples: Examples, device: torch.device) -> Trai
 def _reached(trainee: Trainee, examples: Examples) -> Trainee:
     """The trainee without layers that no gradient reaches, found by one example's backward pass."""
     names = sorted(trainee.layers)
-    total = trainee.scores(examples, [0]).sum()
+    total = trainee.losses(examples, [0])[0].sum()
     grads = cast(
         tuple[Tensor | None, ...],
         torch.autograd.grad(total, trainee.values(), allow_unused=True),
@@ -183,23 +194,15 @@ def _reached(trainee: Trainee, examples: Examples) -> Trainee:
             f"No gradient reaches {names[0]}.",
             "Check that `model` is the class whose output the features come from.",
         )
-    return Trainee(
-        backbone=trainee.backbone,
-        layers={name: trainee.layers[name] for name in names if name not in unused},
-        head=trainee.head,
-        device=trainee.device,
-    )
+    layers = {name: trainee.layers[name] for name in names if name not in unused}
+    return replace(trainee, layers=layers)
 
 
-def _head(start: LinearHead) -> nn.Linear:
-    head = nn.Linear(start.weight.shape[1], start.weight.shape[0])
+def _head(start: Mapping[str, Tensor]) -> nn.Module:
+    if not start:
+        return nn.Identity()
+    head = nn.Linear(start["weight"].shape[1], start["weight"].shape[0])
     with torch.no_grad():
-        head.weight.copy_(start.weight)
-        head.bias.copy_(start.bias)
+        head.weight.copy_(start["weight"])
+        head.bias.copy_(start["bias"])
     return head
-
-
-def load_head(folder: Folder) -> LinearHead:
-    """The head that training starts from."""
-    held = load_file(folder, HEAD)
-    return LinearHead(weight=held["weight"], bias=held["bias"])

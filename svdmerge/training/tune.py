@@ -1,16 +1,18 @@
 """Tune: train singular values of a merged model for a target, beside what it must beat."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
 from svdmerge.core.params import budget
-from svdmerge.core.transfer import LinearHead, RidgeFit, ridge, sharpness
+from svdmerge.core.transfer import LinearHead
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
@@ -19,10 +21,11 @@ from svdmerge.training import trainee as trainees
 from svdmerge.training.adapter import Adapted, Adapter, Origin, absolute, factors_digest
 from svdmerge.training.backbone import Backbone, build_backbone, lacking
 from svdmerge.training.checkpointing import State, save_file
-from svdmerge.training.data import Target, load_target
+from svdmerge.training.data import Target, hold_out, load_target
 from svdmerge.training.export import check_out, export
-from svdmerge.training.features import Features, FeatureStore, cached, extract
+from svdmerge.training.features import Features, FeatureStore, cached
 from svdmerge.training.fit import fit, own_device
+from svdmerge.training.objective import Judge, Score, objective_of
 from svdmerge.training.result import EpochPoint, Row, SourceScore, TuneResult, verdict
 from svdmerge.training.trainee import Job, Trainee, build_trainee, read_directions, tunable
 
@@ -32,16 +35,11 @@ BASE, MERGED, TUNED, REFITTED = "base", "merged", "tuned", "tuned, ridge head"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Probe:
-    """A ridge head on one model's frozen features of the training examples."""
+    """One frozen model, judged by what it measures on the training examples."""
 
     model: Checkpoint
-    fit: RidgeFit
+    judge: Judge
     seconds: float
-
-    @property
-    def loo_error(self) -> float:
-        """Mean over examples of the leave-one-out error."""
-        return float(self.fit.loo_error.mean())
 
 
 def tune(
@@ -99,12 +97,17 @@ class _Tuning:
         # A cluster's driver may lack the workers' GPU; features then take its CPU.
         self.device = own_device(use_gpu=config.use_gpu and torch.cuda.is_available())
         self.target: Target = load_target(config, base=base)
+        self.kept, self.held = hold_out(
+            self.target.train.labels.numpy(), share=config.validation_share, seed=config.seed
+        )
         self.backbone: Backbone = build_backbone(config, base=base)
+        self.objective = objective_of(config)
         kept, notes = tunable(self.backbone, parameters=parameters, null_space=config.null_space)
         self.notes = [*self.target.notes, *notes, *_short_of(config, base=base, parameters=kept)]
         self.features = FeatureStore(
             self.backbone, base=base, target=self.target, config=config,
             folder=folder.child("features"), device=self.device,
+            measure=lambda e: self.objective.measure(self.backbone, e, device=self.device),
         )  # fmt: skip
         self.key = trainees.tuning_key(
             config, base=base, merged=merged, factors=factors, parameters=kept,
@@ -119,117 +122,150 @@ class _Tuning:
         """Probe, train, measure, export."""
         probes = self._probes([self.base, *sources, self.merged])
         base, *of_sources, merged = probes
-        ranked = sorted(of_sources, key=lambda p: (p.loo_error, p.model.reference))
-        start = merged.fit.head.sharpened(
-            sharpness(merged.fit.left_out, labels=self.target.train.labels)
+        ranked = sorted(of_sources, key=lambda p: (p.judge.error, p.model.reference))
+        state, resumed = self._fit(use_ray=use_ray)
+        rows = (
+            self._row(BASE, base),
+            *(self._row(_source(p), p) for p in ranked[:1]),
+            self._row(MERGED, merged),
         )
-        save_file(self.job.folder, trainees.HEAD, {"weight": start.weight, "bias": start.bias})
-        epochs = self.config.epochs
-        state, resumed = fit(
-            self.job,
-            examples=self.target.train,
-            use_ray=use_ray,
-            on_epoch=lambda epoch: self.on_progress("tune", epoch, epochs),
-        )
-        rows = [self._row(BASE, base), *(self._row(_source(p), p) for p in ranked[:1])]
-        rows.append(self._row(MERGED, merged))
-        tuned, refitted = self._tuned_rows(state, probe_seconds=merged.seconds)
+        tuned = self._tuned_rows(state, probe_seconds=merged.seconds)
         told = verdict(
-            tuned=tuned, merged=rows[-1], others=tuple(rows), num_test=len(self.target.test)
-        )
+            tuned=tuned[0], merged=rows[-1], others=rows, num_test=len(self.target.test),
+            error=self._error(merged, state),
+        )  # fmt: skip
         result = TuneResult(
-            rows=(*rows, tuned, refitted),
+            rows=(*rows, *tuned),
             sources=tuple(
-                SourceScore(name=p.model.reference, loo_error=p.loo_error, seconds=p.seconds)
+                SourceScore(name=p.model.reference, loo_error=p.judge.error, seconds=p.seconds)
                 for p in ranked
             ),
             best_source=ranked[0].model.reference if ranked else "",
-            curve=tuple(EpochPoint(loss=x, accuracy=y) for x, y in state["curve"]),
-            notes=(*self.notes, *_borrowed(sources, base=self.base), *self._unreached(state)),
+            notes=(*self._notes(state), *_borrowed(sources, base=self.base)),
             verdict=told,
             resumed=resumed,
             out=out.uri,
-            num_train=len(self.target.train),
-            num_test=len(self.target.test),
-            num_classes=self.target.num_classes,
+            **self._facts(state),
         )
         self._export(result, state=state, out=out)
         return result
+
+    def _facts(self, state: State) -> dict[str, Any]:
+        """Fields of the result that the target and the training alone determine."""
+        return {
+            "curve": tuple(EpochPoint(**point) for point in state["curve"]),
+            "num_train": len(self.target.train),
+            "num_test": len(self.target.test),
+            "num_classes": self.target.num_classes,
+            "classes": self.target.classes,
+            "seconds": state["seconds"],
+            "best_epoch": state["best"]["epoch"] if state["best"] else None,
+            "num_held_out": len(self.held),
+        }
 
     def _probes(self, models: Sequence[Checkpoint]) -> list[Probe]:
         probes: list[Probe] = []
         for number, model in enumerate(models):
             self.on_progress("probe", number, len(models))
-            probes.append(self._probe(model, self.features.train(model)))
+            measured, start = self.features.train(model), time.perf_counter()
+            judge = self.objective.judge(measured.values, self.target.train)
+            seconds = measured.seconds + time.perf_counter() - start
+            probes.append(Probe(model=model, judge=judge, seconds=seconds))
         self.on_progress("probe", len(models), len(models))
         return probes
 
-    def _probe(self, model: Checkpoint, features: Features) -> Probe:
-        start = time.perf_counter()
-        found = self._ridge(features.values)
-        return Probe(model=model, fit=found, seconds=features.seconds + time.perf_counter() - start)
-
-    def _ridge(self, features: Tensor) -> RidgeFit:
-        train = self.target.train
-        return ridge(features, labels=train.labels, num_classes=self.target.num_classes)
+    def _fit(self, *, use_ray: bool) -> tuple[State, bool]:
+        # From what is trained on alone: else what is held out would judge a head that knows it.
+        measured = self.features.train(self.merged).values[self.kept]
+        head = self.objective.start(measured, self.target.train.take(self.kept))
+        save_file(self.job.folder, trainees.HEAD, head)
+        epochs = self.config.epochs
+        return fit(
+            self.job,
+            examples=self.target.train,
+            use_ray=use_ray,
+            on_epoch=lambda epoch: self.on_progress("tune", epoch, epochs),
+        )
 
     def _row(self, name: str, probe: Probe) -> Row:
         test = self.features.test(probe.model)
-        return Row(
-            name=name,
-            accuracy=probe.fit.head.accuracy(test.values, labels=self.target.test.labels),
-            trained=0,
-            trained_with_head=_head_values(probe.fit.head),
+        return _row(
+            name,
+            probe.judge.score(test.values, self.target.test),
+            head=probe.judge.head,
             seconds=probe.seconds + test.seconds,
-            loo_error=probe.loo_error,
+            loo_error=probe.judge.error,
         )
 
-    def _tuned_rows(self, state: State, *, probe_seconds: float) -> tuple[Row, Row]:
+    def _tuned_rows(self, state: State, *, probe_seconds: float) -> list[Row]:
         """The tuned model with the head it trained, and with a ridge head like the other rows'."""
-        train, test = (self._tuned_features(state, part) for part in ("train", "test"))
-        head, found = trained_head(state), self._ridge(train.values)
-        labels = self.target.test.labels
-        trained = sum(d.numel() for d in state["sigma_change"].values())
+        test, head = self._tuned_features(state, "test"), trained_head(state)
+        num = sum(d.numel() for d in state["sigma_change"].values())
         seconds = probe_seconds + state["seconds"] + test.seconds
+        if head is None:
+            judge = self.objective.judge(test.values, self.target.test)
+            score = judge.score(test.values, self.target.test)
+            return [_row(TUNED, score, trained=num, seconds=seconds)]
+        train = self._tuned_features(state, "train")
+        judge = self.objective.judge(train.values, self.target.train)
+        accuracy = head.accuracy(test.values, labels=self.target.test.labels)
+        return [
+            _row(TUNED, Score(accuracy=accuracy), head=head, trained=num, seconds=seconds),
+            _row(
+                REFITTED,
+                judge.score(test.values, self.target.test),
+                head=judge.head,
+                trained=num,
+                seconds=seconds + train.seconds,
+                loo_error=judge.error,
+            ),
+        ]
 
-        def row(name: str, head: LinearHead, *, seconds: float, loo_error: float | None) -> Row:
-            return Row(
-                name=name,
-                accuracy=head.accuracy(test.values, labels=labels),
-                trained=trained,
-                trained_with_head=trained + _head_values(head),
-                seconds=seconds,
-                loo_error=loo_error,
+    def _error(self, merged: Probe, state: State) -> float | None:
+        """Standard error of the mean gain in nats per token, texts taken in pairs; else None."""
+        before, after = (
+            merged.judge.score(values, self.target.test).nll
+            for values in (
+                self.features.test(self.merged).values,
+                self._tuned_features(state, "test").values,
             )
-
-        return row(TUNED, head, seconds=seconds, loo_error=None), row(
-            REFITTED,
-            found.head,
-            seconds=seconds + train.seconds,
-            loo_error=float(found.loo_error.mean()),
         )
+        if before is None or after is None or len(before) < 2:
+            return None
+        return float((before - after).double().std()) / math.sqrt(len(before))
 
     def _tuned_features(self, state: State, part: str) -> Features:
         examples = self.target.train if part == "train" else self.target.test
         key = f"tuned-{self.key[:32]}-{examples.digest()[:16]}"
-        return cached(
-            self.folder.child("features"),
-            key,
-            lambda: extract(self._trained(state).backbone, examples, device=self.device),
-        )
+
+        def measure() -> Tensor:
+            backbone = self._trained(state).backbone
+            return self.objective.measure(backbone, examples, device=self.device)
+
+        return cached(self.folder.child("features"), key, measure)
 
     def _trained(self, state: State) -> Trainee:
-        built = build_trainee(self.job, examples=self.target.train, device=self.device)
+        built = build_trainee(
+            self.job, examples=self.target.train, objective=self.objective, device=self.device
+        )
         with torch.no_grad():
             for name, value in state["sigma_change"].items():
                 built.layers[name].sigma_change.copy_(value)
         return built
 
-    def _unreached(self, state: State) -> Iterator[str]:
+    def _notes(self, state: State) -> Iterator[str]:
+        yield from self.notes
         if names := sorted(set(self.job.parameters) - set(state["sigma_change"])):
             yield (
                 f"{len(names)} matrices take no part in the features and are not trained, "
                 f"first {names[0]}"
+            )
+        if best := state["best"]:
+            told = f"by the loss on {len(self.held)} held-out examples"
+            yield (
+                f"epoch {best['epoch']} of {state['epoch']} is kept, {told}"
+                if best["epoch"]
+                else f"nothing is changed: no epoch was better than none, {told}"
             )
 
     def _export(self, result: TuneResult, *, state: State, out: Folder) -> None:
@@ -270,8 +306,10 @@ def tuned_changes(job: Job, state: State) -> dict[str, RankOneComponents]:
     return found
 
 
-def trained_head(state: State) -> LinearHead:
-    """The head as trained."""
+def trained_head(state: State) -> LinearHead | None:
+    """The head as trained; None where there is none."""
+    if not state["head"]:
+        return None
     return LinearHead(weight=state["head"]["weight"], bias=state["head"]["bias"])
 
 
@@ -285,8 +323,28 @@ def _source(probe: Probe) -> str:
     return f"best source: {probe.model.folder.name}"
 
 
-def _head_values(head: LinearHead) -> int:
-    return head.weight.numel() + head.bias.numel()
+def _row(
+    name: str,
+    score: Score,
+    *,
+    seconds: float,
+    head: LinearHead | None = None,
+    trained: int = 0,
+    loo_error: float | None = None,
+) -> Row:
+    nll = None if score.nll is None else float(score.nll.double().mean())
+    of_head = 0 if head is None else head.weight.numel() + head.bias.numel()
+    return Row(
+        name=name,
+        accuracy=score.accuracy,
+        trained=trained,
+        trained_with_head=trained + of_head,
+        seconds=seconds,
+        loo_error=loo_error,
+        nll=nll,
+        # Past what a float holds, the perplexity is infinite in all but name; JSON has no infinity.
+        perplexity=None if nll is None or nll > 700 else math.exp(nll),
+    )
 
 
 def _short_of(

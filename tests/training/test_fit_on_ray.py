@@ -44,12 +44,16 @@ def test_two_workers_of_which_one_is_killed_end_with_the_numbers_of_one_process(
     )
     # 36 examples in batches of 8: the last one is of 4, so the workers' parts differ in size too.
     config = case.config(num_workers=2)
-    result = case.tune(config, run="together", out="a", use_ray=True)
+    seen: list[tuple[str, int, int]] = []
+    result = case.tune(
+        config, run="together", out="a", use_ray=True, on_progress=lambda *step: seen.append(step)
+    )
     assert marker.exists()
     state = trained(case, "together")
     assert state["resumes"] == 1
     assert result.resumed
     assert len(result.curve) == state["epoch"] == 4
+    assert seen[-1] == ("tune", 4, 4)
     alone = case.tune(config, run="alone", out="b")
     assert not alone.resumed
     assert_close(state, trained(case, "alone"))

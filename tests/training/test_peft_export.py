@@ -14,6 +14,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
@@ -41,11 +43,23 @@ IDS = {"input_ids": torch.arange(24).reshape(2, 12) % 20}
 
 
 # Policies leave embeddings alone.
-KEPT = ("embeddings.weight", "wte.weight", "wpe.weight", "position_embeddings")
+KEPT = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "embeddings.weight",
+    "wte.weight",
+    "wpe.weight",
+    "position_embeddings",
+)
 
 
 def adapted(
-    root: Path, model: PreTrainedModel, *, ranks: tuple[int, ...] = (4, 3), tuned: int = 2
+    root: Path,
+    model: PreTrainedModel,
+    *,
+    ranks: tuple[int, ...] = (4, 3),
+    tuned: int = 2,
+    task: str = "text",
 ) -> Adapted:
     """A merge that moved every matrix and vector, and changes of some leading singular values."""
     model.save_pretrained(root / "base")
@@ -73,7 +87,7 @@ def adapted(
                     d = torch.tensor([-1.5, 0.7])[:tuned] * c.s[0]
                     changes[name] = RankOneComponents(u=c.u, s=d, vh=c.vh)
     model.save_pretrained(root / "merged")
-    config = TuneConfig(train="-", test="-", model="transformers:AutoModel")
+    config = TuneConfig.model_validate({"train": "-", "test": "-", "task": task})
     stored = put_factors(Folder.at(root / "factors"), factors)
     stored_changes = {
         n: RankOneComponents(u=(c := stored.read(n, range(len(change)))).u, s=change.s, vh=c.vh)
@@ -104,6 +118,23 @@ def loaded(kind: type[PreTrainedModel], on: Path, adapter: Path) -> Any:
     held = set(load_file(adapter / WEIGHTS))
     assert held == set(peft.get_peft_model_state_dict(model))
     return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_base_and_adapter_give_the_adapted_language_models_logits(
+    tmp_path: Path, tied: bool
+) -> None:
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, tie_word_embeddings=tied,
+    )  # fmt: skip
+    found = adapted(tmp_path, LlamaForCausalLM(llama), task="causal_lm")
+    write_peft(Folder.at(tmp_path / "peft"), found, on_merged=False)
+    expected = LlamaForCausalLM.from_pretrained(full(tmp_path, found)).eval()
+    model = loaded(LlamaForCausalLM, tmp_path / "base", tmp_path / "peft").eval()
+    with torch.no_grad():
+        assert (model(**IDS).logits - expected(**IDS).logits).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(

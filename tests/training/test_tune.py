@@ -177,8 +177,7 @@ def test_a_second_run_computes_no_feature_and_no_epoch_again(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(tuning, "extract", refuse)
-    monkeypatch.setattr("svdmerge.training.features.extract", refuse)
+    monkeypatch.setattr("svdmerge.training.objective.extract", refuse)
     monkeypatch.setattr("svdmerge.training.loop.Loop.run_epoch", refuse)
     second = case.tune()
     assert second.resumed

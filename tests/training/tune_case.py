@@ -90,6 +90,7 @@ class Case:
             "epochs": 4,
             "batch_size": 8,
             "learning_rate": 0.05,
+            "checkpoint_every_s": 0,
         }
         return TuneConfig(**(fields | changes))
 
