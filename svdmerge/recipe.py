@@ -219,7 +219,8 @@ class TuneConfig(Section):
             try:
                 config = self.of(target)
             except ValidationError as error:
-                told = "; ".join(_explain(_within("tune", fault)) for fault in error.errors())
+                faults: list[Any] = [f | {"loc": ("tune", *f["loc"])} for f in error.errors()]
+                told = "; ".join(_explain(fault) for fault in faults)
                 raise ValueError(f"targets: {target.name}: {told}") from None
             if config.num_workers != 1:
                 raise ValueError(f"targets: {target.name}: each is tuned in one process")
@@ -375,11 +376,6 @@ def parse_recipe(raw: dict[str, Any], *, origin: str = "recipe") -> Recipe:
     except ValidationError as error:
         faults = [_explain(fault) for fault in error.errors()]
         raise RecipeError(f"{origin}: {faults[0]}", *["; ".join(faults[1:])]) from None
-
-
-def _within(section: str, fault: Any) -> Any:
-    """The same fault, placed in a section of the recipe."""
-    return fault | {"loc": (section, *fault["loc"])}
 
 
 def _explain(fault: Any) -> str:

@@ -25,6 +25,7 @@ FLAGS = {
     "select": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "assemble": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "tune": ["--address", "--json", "--verbose", "-v", "RECIPE"],
+    "rank": ["--address", "--examples", "--json", "--verbose", "-v", "RECIPE"],
     "adapter export": [
         "--base",
         "--factors",
