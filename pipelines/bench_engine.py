@@ -48,7 +48,14 @@ class PlainProcesses:
     address: str = "processes"
 
     def map(
-        self, task: Callable[[U], R], units: Sequence[U], *, stage: str, progress: Progress
+        self,
+        task: Callable[[U], R],
+        units: Sequence[U],
+        *,
+        stage: str,
+        progress: Progress,
+        failed: object = None,
+        num_gpus: int = 0,
     ) -> list[R]:
         """The task's results, in the order of the units."""
         return list(self.pool.map(partial(call, task), units))

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="Look after a component store.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+adapter_app = typer.Typer(help="Use what tuning has trained.", no_args_is_help=True)
+app.add_typer(adapter_app, name="adapter")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="A folder or fsspec URI.")]
@@ -118,7 +120,7 @@ def assemble(
 def tune(
     recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
 ) -> None:
-    """Train singular values of the merged model for the recipe's target."""
+    """Train singular values of the merged model for the recipe's target, or many targets."""
     _staged(recipe, lambda run: run.attempt(run.tune), address, as_json, verbose)
 
 
@@ -188,6 +190,34 @@ def verify(
         _show(as_json, lambda: [c.to_json() for c in checks], lambda: [verify_table(checks)])
         if not all(c.held for c in checks):
             raise typer.Exit(1)
+
+    _guard(work, verbose=verbose)
+
+
+@adapter_app.command("export")
+def adapter_export(
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A folder that tuning wrote.")],
+    to: Annotated[str, typer.Option(help="An empty folder or URI to write.")],
+    form: Annotated[
+        Literal["model", "peft", "peft-on-merged"],
+        typer.Option(
+            "--format", help="The full model, or a PEFT LoRA on the base or the merged model."
+        ),
+    ] = "model",
+    base: Annotated[str | None, typer.Option(help="The base, if it moved.")] = None,
+    merged: Annotated[str | None, typer.Option(help="The merged model, if it moved.")] = None,
+    factors: Annotated[str | None, typer.Option(help="The merged factors, if moved.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a tuned adapter as a full model, or as an adapter for PEFT."""
+
+    def work() -> None:
+        from svdmerge.training.export import export_adapter
+
+        places = {"base": base, "merged": merged, "factors": factors}
+        out = export_adapter(tuned, to, form=form, places=places).uri
+        _show(as_json, lambda: {"out": out, "format": form}, lambda: [f"done: {out}"])
 
     _guard(work, verbose=verbose)
 
@@ -266,6 +296,8 @@ def _staged(
             lambda: json.loads(report.to_json()),
             lambda: [*run_tables(report), f"{report.status}: {report.out}"],
         )
+        if report.status.startswith("failed"):  # of many targets: the others are done
+            raise typer.Exit(1)
 
     _guard(work, verbose=verbose)
 

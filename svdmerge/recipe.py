@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -117,8 +118,31 @@ class Resources(Section):
     memory: Bytes = 2 << 30
 
 
+class Target(BaseModel):
+    """One of many targets: its name, and the keys of `tune` that differ for it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+    """Of its folder too."""
+
+
+def _target(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _unique(targets: tuple[Target, ...]) -> tuple[Target, ...]:
+    names = [target.name for target in targets]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{twice[0]}: two targets have this name")
+    return targets
+
+
+_UNIQUE = AfterValidator(_unique)
+
+
 class TuneConfig(Section):
-    """Training of singular values for one target."""
+    """Training of singular values for one target, or for many that share settings."""
 
     task: Literal["text", "image", "tensor", "causal_lm"] = "text"
     """`text`, `image`: classes told from mean features of tokens or patches; `tensor`: the same of
@@ -132,10 +156,10 @@ class TuneConfig(Section):
     By default the headless model of the base's config, and `AutoModelForCausalLM` for language."""
     loss: str = "cross_entropy"
     """Of a classifier: cross-entropy, or `package.module:callable`, (scores, labels) -> (b,)."""
-    train: str
+    train: str = ""
     """Training examples: parquet, JSON lines, a folder of such files, or one folder per class of
     images (in the order of their names)."""
-    test: str
+    test: str = ""
     """Examples that the result is measured on; never trained or selected on."""
     input: str = "text"
     """Column of the inputs. Of images: encoded bytes, {bytes, path}, or paths beside the file."""
@@ -175,7 +199,50 @@ class TuneConfig(Section):
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
     """Seconds between checkpoints, at least; a commit of Ray Train takes about two."""
     out: str | None = None
-    """Folder of the adapted model; `<out>-tuned` by default."""
+    """Folder of the adapted model; `<out>-tuned` by default. Of many targets, a folder for each."""
+    save: Annotated[tuple[Literal["adapter", "model", "peft"], ...] | None, Field(min_length=1)] = (
+        None
+    )
+    """What is written beside head and `tune.json`: the adapter (changes of singular values), the
+    full model, a PEFT LoRA adapter. Default: adapter and model; of many targets, adapters alone."""
+    targets: Annotated[tuple[Annotated[Target, BeforeValidator(_target)], ...], _UNIQUE] = ()
+    """Many targets that share this section: names, or mappings of a name and what differs.
+
+    `{name}` in `train`, `test` and `out` becomes the target's name.
+    """
+
+    @model_validator(mode="after")
+    def _targets_are_whole(self) -> "TuneConfig":
+        if not self.targets and (missing := [k for k in ("train", "test") if not getattr(self, k)]):
+            raise ValueError(f"{missing[0]}: Field required")
+        for target in self.targets:
+            try:
+                config = self.of(target)
+            except ValidationError as error:
+                faults: list[Any] = [f | {"loc": ("tune", *f["loc"])} for f in error.errors()]
+                told = "; ".join(_explain(fault) for fault in faults)
+                raise ValueError(f"targets: {target.name}: {told}") from None
+            if config.num_workers != 1:
+                raise ValueError(f"targets: {target.name}: each is tuned in one process")
+        return self
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """What is written, by default too."""
+        return self.save or ("adapter", "model")
+
+    def of(self, target: Target) -> "TuneConfig":
+        """This section as it holds for one of its targets. Raises: ValidationError."""
+        own = dict(target.model_extra or {})
+        shared = self.model_dump(
+            mode="json", exclude={"targets"}, exclude_unset=True, exclude_none=True
+        )
+        fields = {"save": ["adapter"]} | shared | own
+        if "out" not in own and self.out is not None and "{name}" not in self.out:
+            fields["out"] = f"{self.out.rstrip('/')}/{target.name}"
+        places = {k: v for k in ("train", "test", "out") if isinstance(v := fields.get(k), str)}
+        filled = {key: place.replace("{name}", target.name) for key, place in places.items()}
+        return TuneConfig.model_validate(fields | filled)
 
     @model_validator(mode="before")
     @classmethod
@@ -244,6 +311,11 @@ class Recipe(Section):
             raise ValueError(
                 "parameters: `salience: target` and `scale: auto` need the target's examples; "
                 "add a `tune` section"
+            )
+        if self.is_targeted and self.tune is not None and self.tune.targets:
+            raise ValueError(
+                "parameters: `salience: target` and `scale: auto` merge for one target; "
+                "give each a recipe, or leave `tune.targets` out"
             )
         if self.is_targeted and self.merge_method != "axis":
             raise ValueError(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
     from svdmerge.storage.maintenance import StoredSource
     from svdmerge.targeting import Ranking
     from svdmerge.training.result import Row
+    from svdmerge.training.targets import TargetOutcome, TargetsResult
     from svdmerge.verify import Check
 
 
@@ -87,10 +88,40 @@ def run_tables(report: "RunReport") -> list[Any]:
     tables += ranking_tables(report.ranking) if report.ranking is not None else []
     tables += [report.adaptation.verdict] if report.adaptation is not None else []
     tables += [kept] if report.kept else []
-    if report.tune is not None:
-        is_language = report.tune.rows[0].nll is not None
-        tables.append((likelihood_table if is_language else accuracy_table)(report.tune.rows))
-    return tables
+    return [*tables, *([_tuned_table(report.tune)] if report.tune is not None else [])]
+
+
+def _tuned_table(tune: Any) -> Table:
+    """Of one target all rows, of many a row each."""
+    if hasattr(tune, "targets"):
+        return targets_table(tune)
+    return (accuracy_table if tune.rows[0].nll is None else likelihood_table)(tune.rows)
+
+
+def targets_table(found: "TargetsResult") -> Table:
+    """Every target's accuracies beside its adapter's size; a target that failed says so.
+
+    A language target shows its perplexity.
+    """
+    return table(
+        "Accuracy on the targets' test examples",
+        columns=("target", "base", "best source", "merged", "tuned", "adapter"),
+        rows=(_target_row(target) for target in found.targets),
+    )
+
+
+def _target_row(target: "TargetOutcome") -> Sequence[object]:
+    if target.result is None:
+        return (target.name, "FAILED", "", "", "", target.error.splitlines()[0])
+    of = {r.name.partition(":")[0]: _measured(r) for r in target.result.rows}
+    shown = (of.get(name, "") for name in ("base", "best source", "merged", "tuned"))
+    return (target.name, *shown, size(target.adapter_bytes))
+
+
+def _measured(row: "Row") -> str:
+    if row.nll is None:
+        return f"{row.accuracy:.3f}"
+    return "inf ppl" if row.perplexity is None else f"{row.perplexity:.4g} ppl"
 
 
 class AccuracyRow(Protocol):

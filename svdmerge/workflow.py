@@ -125,7 +125,7 @@ class Run:
         from svdmerge.targeting import Targeting
 
         config = config or self.plan.recipe.tune
-        if config is None:
+        if config is None or not config.train or "{name}" in config.train:
             raise RecipeError(
                 "ranking sources needs the target's examples",
                 "",
@@ -193,24 +193,25 @@ class Run:
         Raises:
             StoreError: the merge was not run.
         """
-        from svdmerge.training.stage import tune_plan
+        from svdmerge.training.targets import TargetsResult
+        from svdmerge.tuning import tune_recipe
 
         if read_manifest(self.out) is None:
             raise StoreError(
                 f"{self.out.uri}: holds no merged model", "", "Run `svdmerge run` first."
             )
         start = time.perf_counter()
-        self.report.tune = tune_plan(
-            self.plan.recipe,
-            base=self.plan.base,
-            sources=[s.checkpoint for s in self.plan.sources],
-            matrices=[p.id for p in self.plan.parameters if p.is_factored],
-            run_folder=self.plan.run_folder,
-            use_ray=self._runtime.address != "none",
-            progress=self._progress,
+        self.report.tune = found = tune_recipe(
+            self.plan, runtime=self._runtime, progress=self._progress
         )
+        failed, num_units = tuple[str, ...](), 1
+        if isinstance(found, TargetsResult):
+            failed, num_units = found.failed, len(found.targets)
+        if failed:
+            told = f"{len(failed)} of {num_units} targets: {', '.join(failed)}"
+            self.report.status = f"failed: {told}"
         seconds = time.perf_counter() - start
-        self.report.stages.append(StageReport(name="tune", num_units=1, seconds=seconds))
+        self.report.stages.append(StageReport(name="tune", num_units=num_units, seconds=seconds))
 
     def _all(self) -> None:
         if self._is_done():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from svdmerge.core.params import Policy
 from svdmerge.errors import RecipeError
-from svdmerge.recipe import Recipe, load_recipe, parse_bytes, parse_recipe
+from svdmerge.recipe import Recipe, TuneConfig, load_recipe, parse_bytes, parse_recipe
 
 LEAST: dict[str, Any] = {"base_model": "base", "models": ["one", "two"]}
 TUNE = {"train": "train.parquet", "test": "test.parquet"}
@@ -279,6 +279,78 @@ def test_a_dumped_recipe_is_the_same_recipe(raw: dict[str, Any]) -> None:
     again = parse_recipe(yaml.safe_load(recipe.dump_yaml()))
     assert again == recipe
     assert again.numeric_digest() == recipe.numeric_digest()
+
+
+# --- many targets ---
+
+SHARED = {"train": "data/{name}-train.parquet", "test": "data/{name}-test.parquet", "epochs": 3}
+
+
+def targets(*listed: Any, **shared: Any) -> list[TuneConfig]:
+    config = parse_recipe(LEAST | {"tune": SHARED | shared | {"targets": list(listed)}}).tune
+    assert config is not None
+    return [config.of(target) for target in config.targets]
+
+
+def test_targets_share_the_section_and_differ_in_what_they_say() -> None:
+    mr, cr = targets("mr", {"name": "cr", "epochs": 5, "test": "elsewhere.parquet"})
+    assert (mr.train, mr.test, mr.epochs) == ("data/mr-train.parquet", "data/mr-test.parquet", 3)
+    assert (cr.train, cr.test, cr.epochs) == ("data/cr-train.parquet", "elsewhere.parquet", 5)
+
+
+def test_a_target_saves_its_adapter_alone_unless_told_and_one_target_the_model_too() -> None:
+    assert [t.saved for t in targets("mr", {"name": "cr", "save": ["peft"]})] == [
+        ("adapter",),
+        ("peft",),
+    ]
+    assert targets("mr", save=["model"])[0].saved == ("model",)
+    one = parse_recipe(LEAST | {"tune": TUNE}).tune
+    assert one is not None
+    assert one.saved == ("adapter", "model")
+
+
+def test_each_target_has_its_own_folder() -> None:
+    assert [t.out for t in targets("mr", out="all")] == ["all/mr"]
+    assert [t.out for t in targets("mr", out="all/x-{name}")] == ["all/x-mr"]
+    assert [t.out for t in targets("mr")] == [None]
+
+
+def test_targets_survive_being_dumped() -> None:
+    import yaml
+
+    recipe = parse_recipe(
+        LEAST | {"tune": SHARED | {"targets": ["mr", {"name": "cr", "epochs": 5}]}}
+    )
+    again = parse_recipe(yaml.safe_load(recipe.dump_yaml()))
+    assert again == recipe
+    assert recipe.tune is not None
+    assert again.tune is not None
+    both = (recipe.tune, again.tune)
+    assert len({str([config.of(t) for t in config.targets]) for config in both}) == 1
+
+
+@pytest.mark.parametrize(
+    ("tune", "told"),
+    [
+        (SHARED | {"targets": ["mr", "mr"]}, "mr: two targets have this name"),
+        (SHARED | {"targets": ["../mr"]}, "targets.0.name"),
+        (SHARED | {"targets": [{"epochs": 3}]}, "targets.0.name: Field required"),
+        (SHARED | {"targets": [{"name": "mr", "epoch": 3}]}, "mr: tune.epoch: unknown key; the"),
+        (SHARED | {"targets": [{"name": "mr", "epochs": 0}]}, "mr: tune.epochs: "),
+        (SHARED | {"targets": ["mr"], "num_workers": 2}, "mr: each is tuned in one process"),
+        ({"test": "t", "targets": ["mr"]}, "mr: tune: train: Field required"),
+        ({"test": "t"}, "tune: train: Field required"),
+        (TUNE | {"save": []}, "tune.save"),
+        (TUNE | {"save": ["modle"]}, "tune.save.0"),
+    ],
+)
+def test_faulty_targets_are_told(tune: dict[str, Any], told: str) -> None:
+    assert told in refusal(LEAST | {"tune": tune})
+
+
+def test_a_merge_for_one_target_is_not_tuned_for_many() -> None:
+    raw = LEAST | {"parameters": {"scale": "auto"}, "tune": SHARED | {"targets": ["mr"]}}
+    assert "merge for one target" in refusal(raw)
 
 
 # --- the digest ---

@@ -39,9 +39,20 @@ class Runtime(Protocol):
     def address(self) -> str: ...
 
     def map(
-        self, task: Callable[[U], R], units: Sequence[U], *, stage: str, progress: Progress
+        self,
+        task: Callable[[U], R],
+        units: Sequence[U],
+        *,
+        stage: str,
+        progress: Progress,
+        failed: Callable[[U, SvdmergeError], R] | None = None,
+        num_gpus: int = 0,
     ) -> list[R]:
-        """The task's results, in the order of the units. Raises what a unit raised, for good."""
+        """The task's results, in the order of the units.
+
+        What a unit raised for good is raised; with `failed`, that gives its result instead and the
+        others go on. `num_gpus` are reserved for each unit where a cluster reserves them.
+        """
         ...
 
 
@@ -96,13 +107,26 @@ class InProcess:
     address = "none"
 
     def map(
-        self, task: Callable[[U], R], units: Sequence[U], *, stage: str, progress: Progress
+        self,
+        task: Callable[[U], R],
+        units: Sequence[U],
+        *,
+        stage: str,
+        progress: Progress,
+        failed: Callable[[U, SvdmergeError], R] | None = None,
+        num_gpus: int = 0,
     ) -> list[R]:
         """The task's results, in the order of the units."""
+        del num_gpus
         results: list[R] = []
         with progress.stage(stage, len(units)) as bar:
             for unit in units:
-                results.append(_with_retries(task, unit))
+                try:
+                    results.append(_with_retries(task, unit))
+                except SvdmergeError as error:
+                    if failed is None:
+                        raise
+                    results.append(failed(unit, error))
                 bar.advance()
         return results
 
@@ -142,7 +166,14 @@ class RayTasks:
         self._policy = policy or RetryPolicy()
 
     def map(
-        self, task: Callable[[U], R], units: Sequence[U], *, stage: str, progress: Progress
+        self,
+        task: Callable[[U], R],
+        units: Sequence[U],
+        *,
+        stage: str,
+        progress: Progress,
+        failed: Callable[[U, SvdmergeError], R] | None = None,
+        num_gpus: int = 0,
     ) -> list[R]:
         """The task's results, in the order of the units."""
         import ray
@@ -150,7 +181,9 @@ class RayTasks:
         limits = _limits()
         for unit in units:
             _check_fits(unit, limits)
-        window = _Window(task, units, policy=self._policy, limits=limits)
+        window = _Window(
+            task, units, policy=self._policy, limits=limits, failed=failed, num_gpus=num_gpus
+        )
         try:
             with progress.stage(stage, len(units)) as bar:
                 while window.step():
@@ -167,12 +200,14 @@ class _Window:
 
     def __init__(
         self, task: Callable[[Any], Any], units: Sequence[Unit], *, policy: RetryPolicy,
-        limits: dict[str, float],
+        limits: dict[str, float], failed: Callable[[Any, SvdmergeError], Any] | None,
+        num_gpus: int,
     ) -> None:  # fmt: skip
         import ray
 
         self._remote = ray.remote(call)
         self._task, self._units, self._policy = task, units, policy
+        self._failed_result, self._num_gpus = failed, num_gpus
         self._memory_limit = int(limits["memory"])
         self._memory = [unit.memory_bytes for unit in units]
         self._failures: Counter[tuple[int, Failure]] = Counter()
@@ -214,6 +249,7 @@ class _Window:
             heapq.heappop(self._waiting)
             unit = self._units[i]
             options = {"num_cpus": unit.threads, "memory": self._memory[i], "max_retries": 0}
+            options |= {"num_gpus": self._num_gpus} if self._num_gpus else {}
             remote = self._remote.options(name=f"{unit.name}", **options)
             self.running[remote.remote(self._task, unit)] = i
         return 0.0
@@ -243,16 +279,23 @@ class _Window:
             memory_limit_bytes=self._memory_limit,
         )
         if isinstance(decision, GiveUp):
-            if isinstance(error, SvdmergeError):
-                raise error
-            raise ResourceError(
-                f"{self._units[i].name}: {failure.value}",
-                f"It failed {self._failures[i, failure]} times, last with "
-                f"{self._memory[i] >> 20} MiB reserved: {_last_line(error)}",
-                "What is done is kept: run the same command again when the cause is gone.",
-            ) from error
+            told = self._told(i, failure, error)
+            if self._failed_result is None:
+                raise told from error
+            self._done[i] = self._failed_result(self._units[i], told)
+            return
         self._memory[i] = decision.memory_bytes
         heapq.heappush(self._waiting, (time.monotonic() + decision.pause_s, i))
+
+    def _told(self, i: int, failure: Failure, error: Exception) -> SvdmergeError:
+        if isinstance(error, SvdmergeError):
+            return error
+        return ResourceError(
+            f"{self._units[i].name}: {failure.value}",
+            f"It failed {self._failures[i, failure]} times, last with "
+            f"{self._memory[i] >> 20} MiB reserved: {_last_line(error)}",
+            "What is done is kept: run the same command again when the cause is gone.",
+        )
 
 
 def _last_line(error: Exception) -> str:

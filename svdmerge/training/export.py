@@ -1,9 +1,9 @@
-"""The adapted model as files: the full model, the small adapter, the head, and what they are."""
+"""The adapted model as files: adapter, full model or PEFT adapter, the head, what they are."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import torch as files
@@ -25,11 +25,23 @@ from svdmerge.storage.hf_model import (
 from svdmerge.storage.manifest import Covered, put_unit
 from svdmerge.storage.output import staging, written_files
 from svdmerge.storage.shards import Rows
+from svdmerge.training.adapter import (
+    ADAPTER,
+    HEAD,
+    TUNE,
+    Adapted,
+    Adapter,
+    Origin,
+    adapter_bytes,
+    open_adapted,
+)
+from svdmerge.training.peft_export import write_peft
 
-TUNE, ADAPTER, HEAD = "tune.json", "adapter.safetensors", "head.safetensors"
 MARKER = ".svdmerge-tune-partial"
 # The Hugging Face default: larger files fail on some stores and tools.
 MAX_SHARD_BYTES = 5 * 10**9
+
+Form = Literal["model", "peft", "peft-on-merged"]
 
 
 def check_out(out: Folder) -> None:
@@ -46,35 +58,74 @@ def check_out(out: Folder) -> None:
 def export(
     out: Folder,
     *,
-    base: Checkpoint,
-    merged: Checkpoint,
-    changes: Mapping[str, RankOneComponents],
+    adapted: Adapted,
+    adapter: Adapter,
+    origin: Origin,
     head: LinearHead | None,
-    metadata: Mapping[str, str],
+    key: str,
     result_json: str,
     scratch: Folder,
 ) -> None:
-    """Write the adapted model: beside its place and renamed if local, else with `tune.json` last.
+    """Write what `save` asks for: beside its place and renamed if local, else `tune.json` last.
 
-    `changes` holds directions with the changes of their singular values; `scratch` is where they
-    pass to the weights' writer.
+    `key` names this tuning; `scratch` is where changes pass to the weights' writer.
     """
     check_out(out)
-    staged = staging(out, plan_hash=metadata["tuning"])
+    staged = staging(out, plan_hash=key)
     staged.put(MARKER, b"")
-    export_model(staged, base=base, merged=merged, changes=changes, scratch=scratch)
-    sigma = {f"{name}.sigma_change": c.s.contiguous() for name, c in changes.items()}
-    staged.put(ADAPTER, files.save(sigma, metadata={"format": "pt", **metadata}))
+    saved = adapted.config.saved
+    if "adapter" in saved:
+        staged.put(ADAPTER, adapter_bytes(adapter))
+    if "model" in saved:
+        write_model(staged, adapted, scratch=scratch)
+    if "peft" in saved:
+        write_peft(staged.child("peft"), adapted, on_merged=False)
     if head is not None:
         staged.put(HEAD, files.save(_head_tensors(head), metadata={"format": "pt"}))
-    copy_side_files(base, staged)
     staged.remove(MARKER)
+    metadata = {"tuning": key, "base": adapted.base.revision, "merged": adapted.merged.revision}
     manifest = json.loads(result_json) | {
-        "metadata": dict(metadata),
+        "metadata": metadata,
+        "origin": origin.to_json(),
         "files": written_files(staged, known=[]),
     }
     staged.put(TUNE, (json.dumps(manifest, indent=1) + "\n").encode())
     _publish(staged, out)
+
+
+def export_adapter(tuned: str, to: str, *, form: Form, places: Mapping[str, str | None]) -> Folder:
+    """The folder that a tuned adapter was written to in another form, its head beside it.
+
+    Raises:
+        OutputError: `to` is not empty, or the merged factors are not the adapter's.
+    """
+    out = Folder.at(to)
+    if names := out.names():
+        raise OutputError(
+            f"{out.uri}: is not empty ({', '.join(names[:3])})", "", "Give a new folder."
+        )
+    adapted = open_adapted(tuned, **places)
+    staged = staging(out, plan_hash="exported")
+    try:
+        if form == "model":
+            write_model(staged, adapted, scratch=staged.child(".change"))
+        else:
+            write_peft(staged, adapted, on_merged=form == "peft-on-merged")
+        if Folder.at(tuned).stat(HEAD) is not None:
+            staged.put(HEAD, Folder.at(tuned).read(HEAD))
+    except BaseException:
+        staged.remove()
+        raise
+    _publish(staged, out)
+    return out
+
+
+def write_model(staged: Folder, adapted: Adapted, *, scratch: Folder) -> None:
+    """Write the adapted model whole, with its configuration and tokenizer."""
+    export_model(
+        staged, base=adapted.base, merged=adapted.merged, changes=adapted.changes, scratch=scratch
+    )
+    copy_side_files(adapted.base, staged)
 
 
 def export_model(
@@ -152,13 +203,3 @@ def _publish(staged: Folder, out: Folder) -> None:
     Path(staged.path()).rename(target)
     if old.exists():
         Folder.at(old).remove()
-
-
-def changes_digest(changes: Mapping[str, RankOneComponents]) -> str:
-    """sha256 of the directions: what an adapter's values belong to."""
-    digest = hashlib.sha256()
-    for name, c in sorted(changes.items()):
-        digest.update(name.encode())
-        for tensor in (c.u, c.vh):
-            digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

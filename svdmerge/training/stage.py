@@ -10,6 +10,7 @@ from svdmerge.storage.checkpoint import Checkpoint, open_checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import load_factors
 from svdmerge.training.result import TuneResult
+from svdmerge.training.targets import default_out
 from svdmerge.training.tune import tune
 
 
@@ -42,7 +43,7 @@ def tune_plan(
             factors=factors,
             parameters={m: factors.depth(m) for m in matrices},
             run_folder=run_folder,
-            out=Folder.at(recipe.tune.out or f"{recipe.out.rstrip('/')}-tuned"),
+            out=Folder.at(recipe.tune.out or default_out(recipe)),
             threads=recipe.resources.threads,
             use_ray=use_ray,
             on_progress=bars.show,

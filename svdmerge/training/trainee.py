@@ -31,9 +31,10 @@ from svdmerge.training.features import to_device
 from svdmerge.training.objective import Objective
 
 # Settings that change where or how often, not what is trained.
-_PLACES = frozenset(
-    {"test", "out", "num_workers", "use_gpu", "checkpoint_every", "checkpoint_every_s"}
-)
+_PLACES = frozenset({"test", "out", "num_workers", "use_gpu", "save", "targets"}) | {
+    "checkpoint_every",
+    "checkpoint_every_s",
+}
 HEAD = "head-start.pt"
 
 

@@ -18,10 +18,11 @@ from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.manifest import Committed
 from svdmerge.training import trainee as trainees
+from svdmerge.training.adapter import Adapted, Adapter, Origin, absolute, factors_digest
 from svdmerge.training.backbone import Backbone, build_backbone, lacking
 from svdmerge.training.checkpointing import State, save_file
 from svdmerge.training.data import Target, hold_out, load_target
-from svdmerge.training.export import changes_digest, check_out, export
+from svdmerge.training.export import check_out, export
 from svdmerge.training.features import Features, FeatureStore, cached
 from svdmerge.training.fit import fit, own_device
 from svdmerge.training.objective import Judge, Score, objective_of
@@ -268,22 +269,29 @@ class _Tuning:
             )
 
     def _export(self, result: TuneResult, *, state: State, out: Folder) -> None:
-        changes = tuned_changes(self.job, state)
-        metadata = {
-            "tuning": self.key,
-            "base": self.base.revision,
-            "merged": self.merged.revision,
-            "directions_sha256": changes_digest(changes),
-            "null_space": str(self.config.null_space).lower(),
-            "seed": str(self.config.seed),
-        }
         export(
             out,
-            base=self.base,
-            merged=self.merged,
-            changes=changes,
+            adapted=Adapted(
+                base=self.base,
+                merged=self.merged,
+                factors=self.job.factors,
+                config=self.config,
+                changes=tuned_changes(self.job, state),
+            ),
+            adapter=Adapter(
+                sigma_change=state["sigma_change"],
+                factors_sha256=factors_digest(self.job.factors),
+                null_space=self.config.null_space,
+                seed=self.config.seed,
+            ),
+            origin=Origin(
+                base=absolute(self.base.reference),
+                merged=absolute(self.merged.reference),
+                factors=self.job.factors.store.uri,
+                config=self.config,
+            ),
             head=trained_head(state),
-            metadata=metadata,
+            key=self.key,
             result_json=result.to_json(),
             scratch=self.job.folder.child("change"),
         )

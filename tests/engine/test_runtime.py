@@ -117,6 +117,20 @@ def test_a_fatal_error_comes_through_as_it_is_and_is_not_tried_again(
     assert (tmp_path / "tries").read_text() == "x"
 
 
+def test_with_a_result_for_units_that_fail_the_others_go_on(runtime: Any) -> None:
+    def work(u: Any) -> str:
+        if u.name == "1":
+            raise ContentError("unit 1 holds NaN")
+        return f"did {u.name}"
+
+    def failed(u: Any, error: SvdmergeError) -> str:
+        return f"{u.name}: {error}"
+
+    units = [unit(str(i)) for i in range(3)]
+    found = runtime.map(work, units, stage="work", progress=SILENT, failed=failed)
+    assert found == ["did 0", "1: unit 1 holds NaN", "did 2"]
+
+
 def test_every_unit_runs_with_its_own_threads_and_leaves_them_as_they_were(runtime: Any) -> None:
     def work(u: Any) -> int:
         import torch

@@ -63,6 +63,27 @@ def build_other(config: dict[str, Any]) -> nn.Module:
     return nn.ModuleDict({"net": TinyNet(config)})
 
 
+class Outer(nn.Module):
+    """A parameter of its own, and a module whose name ends with this one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+        self.in_outer = nn.LayerNorm(2)
+
+
+class Scaled(TinyNet):
+    """A parameter that belongs to the model itself."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        self.scale, self.outer = nn.Parameter(torch.ones(1)), Outer()
+
+
+def build_scaled(config: dict[str, Any]) -> nn.Module:
+    return Scaled(config)
+
+
 def own_cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(scores, labels, reduction="none")
 
