@@ -43,7 +43,7 @@ def gpt2_of(folder: Path) -> Any:
     return GPT2LMHeadModel.from_pretrained(folder).eval()
 
 
-def recipe(folder: Path, **tune: Any) -> Recipe:
+def recipe(folder: Path, parameters: Any = None, **tune: Any) -> Recipe:
     settings = {
         "task": "causal_lm", "train": str(folder / "train.jsonl"), "epochs": 6,
         "test": str(folder / "test.jsonl"), "learning_rate": 0.3, "num_values": 8, "batch_size": 8,
@@ -51,7 +51,7 @@ def recipe(folder: Path, **tune: Any) -> Recipe:
     return parse_recipe({
         "base_model": str(folder / "base"),
         "models": [str(folder / f"source-{i}") for i in range(2)],
-        "parameters": {"k": 8},
+        "parameters": parameters or {"k": 8},
         "store": str(folder / "store"),
         "out": str(folder / "merged"),
         "tune": settings | tune,
@@ -135,10 +135,8 @@ def test_the_source_that_knows_the_texts_ranks_first_and_is_merged_where_asked(
     expected = [own_nll(gpt2_of(folder / "base"), text(i)) for i in range(16)]
     assert found.num_examples == len(load_target(config, base=base).train) == 16
     assert found.base_loss == pytest.approx(sum(expected) / 16, rel=1e-4)
-    raw = recipe(folder).model_dump()
-    raw["parameters"] |= {"salience": "target", "scale": "auto"}
-    raw["out"] = str(folder / "chosen")
-    report = run(parse_recipe(raw), address="none")
+    chosen = recipe(folder, parameters={"k": 8, "salience": "target", "scale": "auto"})
+    report = run(chosen, address="none")
     assert report.tune.row("merged").nll < report.tune.row("base").nll
 
 
