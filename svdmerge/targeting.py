@@ -89,7 +89,7 @@ class Adaptation:
 
 
 def _mix(raw: dict[str, Any]) -> Mix:
-    return Mix(sources=tuple(raw["sources"]), total=float(raw["total"]))
+    return Mix(shares=tuple((s, float(x)) for s, x in raw["shares"]), total=float(raw["total"]))
 
 
 class Targeting:
@@ -157,27 +157,29 @@ class Targeting:
 
     def _told(self, chosen: Mix, *, loss: float) -> str:
         assert self._base is not None
-        if not chosen.sources:
+        if not chosen.shares:
             return "No source helps this target: the base model is kept as it is."
         names = {s.revision: s.reference for s in self._plan.sources}
+        parts = ", ".join(f"{names[r]} {w:.3g}" for r, w in chosen.weights.items())
         return (
-            f"{len(chosen.sources)} of {len(names)} sources, each at strength "
-            f"{chosen.weight:.3g}: held-out loss {loss:.4f}, base {float(self._base.mean()):.4f} "
-            f"({', '.join(names[r] for r in chosen.sources)})."
+            f"{len(chosen.shares)} of {len(names)} sources, strength {chosen.total:.3g} in all: "
+            f"held-out loss {loss:.4f}, base {float(self._base.mean()):.4f} ({parts})."
         )
 
     def _judge_mixes(self, mixes: Sequence[Mix]) -> list[Tensor]:
-        """Losses of mixes; one task for all strengths of a set."""
-        sets = list(dict.fromkeys(mix.sources for mix in mixes))
-        strengths = [tuple(m.weight for m in mixes if m.sources == members) for members in sets]
-        blends = [(f"merge of {len(members)}", self._merged(members)) for members in sets]
+        """Losses of mixes; one task for all strengths of the same shares."""
+        groups: dict[tuple[tuple[str, float], ...], list[Mix]] = {}
+        for mix in mixes:
+            groups.setdefault(mix.shares, []).append(mix)
+        blends = [(f"merge of {len(shares)}", self._merged(dict(shares))) for shares in groups]
+        strengths = [tuple(mix.total for mix in group) for group in groups.values()]
         found = self._judge(blends, strengths=strengths, stage="adapt")
         losses = {
-            (members, weight): torch.tensor(values, dtype=torch.float64)
-            for members, weights, judged in zip(sets, strengths, found, strict=True)
-            for weight, values in zip(weights, judged.losses, strict=True)
+            mix: torch.tensor(values, dtype=torch.float64)
+            for group, judged in zip(groups.values(), found, strict=True)
+            for mix, values in zip(group, judged.losses, strict=True)
         }
-        return [losses[mix.sources, mix.weight] for mix in mixes]
+        return [losses[mix] for mix in mixes]
 
     def _judge(
         self, blends: Sequence[tuple[str, Blend]], *, strengths: Sequence[tuple[float, ...]],
@@ -221,9 +223,9 @@ class Targeting:
             }
         )
 
-    def _merged(self, members: Sequence[str]) -> Blend:
-        return merged_blend(
-            self._plan, members, attempt=self._attempt, runtime=self._runtime,
+    def _merged(self, shares: Mapping[str, float]) -> Blend:
+        return blend_of(
+            gated(self._plan, shares, total=1.0), attempt=self._attempt, runtime=self._runtime,
             progress=self._progress,
         )  # fmt: skip
 
@@ -266,18 +268,10 @@ def _verdict(ranks: Sequence[SourceRank]) -> str:
     return "None helps: the base model serves this target best."
 
 
-def merged_blend(
-    plan: Plan,
-    members: Sequence[str],
-    *,
-    attempt: str,
-    runtime: Runtime,
-    progress: Progress,
-) -> Blend:
-    """The merge of some sources (revisions) at strength 1, as assembling it would make it."""
-    part = gated(plan, members, scale=1.0)
-    table = choose_components(part, attempt=attempt, runtime=runtime, progress=progress)
-    chosen = picks(part, table)
+def blend_of(plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress) -> Blend:
+    """The merge of a plan's sources at strength 1, as assembling it would make it."""
+    table = choose_components(plan, attempt=attempt, runtime=runtime, progress=progress)
+    chosen = picks(plan, table)
     return Blend(
         store=plan.store,
         base_key=plan.base_key,
@@ -286,8 +280,7 @@ def merged_blend(
             p.id: tuple(
                 Ingredient(
                     revision=pick.revision,
-                    # Vectors are averaged, as assembling does.
-                    weight=pick.weight / (1 if p.action is Action.DECOMPOSE else len(members)),
+                    weight=pick.weight / (1 if p.is_factored else plan.averaged_over),
                     count=len(pick.indices),
                 )
                 for pick in chosen.get(p.source_id, ())
@@ -297,23 +290,30 @@ def merged_blend(
     )
 
 
-def gated(plan: Plan, members: Sequence[str], *, scale: float) -> Plan:
-    """The plan with only the sources of these revisions, merged at this strength."""
-    sources = tuple(s for s in plan.sources if s.revision in members)
-    parameters = plan.recipe.parameters.model_copy(update={"scale": scale})
+def gated(plan: Plan, shares: Mapping[str, float], *, total: float) -> Plan:
+    """The plan with only these sources (revision -> share), at this strength together.
+
+    Vectors are summed with the same weights: with shares that add up to 1 a sum is the mean.
+    """
+    sources = tuple(
+        replace(s, weight=s.weight * shares[s.revision])
+        for s in plan.sources
+        if s.revision in shares
+    )
+    parameters = plan.recipe.parameters.model_copy(update={"scale": total})
     recipe = plan.recipe.model_copy(update={"parameters": parameters})
-    return replace(plan, sources=sources, recipe=recipe)
+    return replace(plan, sources=sources, recipe=recipe, averaged_over=1)
 
 
 def adapted(plan: Plan, adaptation: Adaptation) -> Plan:
     """The plan that merges what the adaptation chose."""
     chosen = adaptation.chosen
-    return gated(plan, chosen.sources, scale=chosen.weight or 1.0)
+    return gated(plan, dict(chosen.shares), total=chosen.total or 1.0)
 
 
 def warnings(adaptation: Adaptation) -> list[str]:
     """What a user must know of the choice."""
-    return [] if adaptation.chosen.sources else [adaptation.verdict]
+    return [] if adaptation.chosen.shares else [adaptation.verdict]
 
 
 def save(folder: Folder, adaptation: Adaptation) -> None:

@@ -39,7 +39,6 @@ FLAGS = {
     ],
     "whatif": ["--json", "--k", "--verbose", "-v", "RECIPE"],
     "verify": ["--json", "--verbose", "-v", "OUT"],
-    "rank": ["--address", "--examples", "--json", "--verbose", "-v", "RECIPE"],
     "store ls": ["--json", "--verbose", "-v", "STORE"],
     "store verify": ["--json", "--verbose", "-v", "STORE"],
     "store gc": ["--json", "--older-than-hours", "--verbose", "-v", "STORE"],

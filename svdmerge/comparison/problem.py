@@ -17,7 +17,7 @@ from svdmerge.engine.runtime import InProcess
 from svdmerge.progress import SILENT
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import FLOATING
-from svdmerge.targeting import merged_blend
+from svdmerge.targeting import blend_of, gated
 from svdmerge.training.backbone import Inputs, build_backbone, lacking, load_weights
 from svdmerge.training.blend import differences
 from svdmerge.training.data import Examples, draw, load_target
@@ -68,7 +68,7 @@ class Problem:
         load_weights(self._backbone, checkpoint=plan.base, base=plan.base)
         state = self._backbone.module.state_dict()
         self.base = {n: t.clone() for n, t in state.items() if t.is_floating_point()}
-        self._pooled = _Pooled(self._backbone.module, self._backbone.features)
+        self._module = _Pooled(self._backbone.module, self._backbone.features)
         self._digests = {
             "train": self.train.digest()[:12],
             "test": self.test.digest()[:12],
@@ -129,7 +129,7 @@ class Problem:
         """Differentiable features of some of the drawn rows `train` under changed weights."""
         named = {f"module.{n}": w for n, w in weights.items()}
         inputs = self.train.batch([train[row] for row in rows])
-        return functional_call(self._pooled, named, (inputs,))
+        return functional_call(self._module, named, (inputs,))
 
     def source_weights(self, name: str) -> Weights:
         """A whole source's weights."""
@@ -157,23 +157,30 @@ class Problem:
                 found[name] = (found[name] if name in found else self.base[name]) + weight * d
         return found
 
-    def pooled(self, members: Sequence[str], *, k: float, strength: float) -> Weights:
-        """Base plus the pooled top components of some sources, as svdmerge assembles them."""
-        changes = self._pooled_changes(tuple(members), k)
-        return {n: self.base[n] + strength * d for n, d in changes.items()}
+    def pooled(self, shares: Mapping[str, float], *, total: float) -> Weights:
+        """Base plus `total` times the pooled components of weighted sources, as a run with
+        `salience: target` assembles them, at full rank."""
+        return self._changed(self._pooled(tuple(shares.items())), strength=total)
 
-    @lru_cache(maxsize=2)  # noqa: B019  a set is asked for at all its strengths, then the next
-    def _pooled_changes(self, members: tuple[str, ...], k: float) -> dict[str, Tensor]:
+    @lru_cache(maxsize=2)  # noqa: B019  shares are asked for at all strengths, then the next
+    def _pooled(self, shares: tuple[tuple[str, float], ...]) -> dict[str, Tensor]:
+        revisions = {self.sources[name].revision: share for name, share in shares}
+        return self._merged(gated(self.plan, revisions, total=1.0))
+
+    def axis(self, *, k: float) -> Weights:
+        """Base plus AXIS of all sources as published."""
         parameters = self.plan.recipe.parameters.model_copy(update={"k": k})
         recipe = self.plan.recipe.model_copy(update={"parameters": parameters})
-        revisions = [self.sources[name].revision for name in members]
-        blend = merged_blend(
-            replace(self.plan, recipe=recipe), revisions, attempt="comparison",
-            runtime=InProcess(), progress=SILENT,
-        )  # fmt: skip
+        return self._changed(self._merged(replace(self.plan, recipe=recipe)), strength=1.0)
+
+    def _merged(self, plan: Plan) -> dict[str, Tensor]:
+        blend = blend_of(plan, attempt="comparison", runtime=InProcess(), progress=SILENT)
         changes = differences(blend, base=self.plan.base)
         named = {self._backbone.module_name(n): d for n, d in changes.items()}
         return {n: d for n, d in named.items() if n in self.base}
+
+    def _changed(self, differences: Weights, *, strength: float) -> Weights:
+        return {n: self.base[n] + strength * d for n, d in differences.items()}
 
     def _holding(self, weights: Weights) -> "_Held":
         return _Held(self._backbone.module, weights, base=self.base)

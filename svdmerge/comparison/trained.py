@@ -14,7 +14,6 @@ from svdmerge.comparison.untrained import (
     best_source,
     chosen_mix,
     mix_model,
-    pooled,
     whole,
 )
 from svdmerge.core.components import RankOneComponents
@@ -107,8 +106,7 @@ def factors_of(problem: Problem, weights: Weights) -> dict[str, RankOneComponent
 def axis_space(problem: Problem, rows: list[int]) -> WeightSpace:
     """AXIS of all sources, the null space completed where factors lack."""
     del rows
-    _, make = pooled(problem, sorted(problem.sources), strength=1.0, k=K)
-    weights, count = make(), num_values(problem)
+    weights, count = problem.axis(k=K), num_values(problem)
     factors = with_null_space(factors_of(problem, weights), num_values=count, seed=0)
     return sigma_merged(weights, factors=factors, num_values=count)
 
@@ -124,8 +122,8 @@ def source_space(problem: Problem, rows: list[int]) -> WeightSpace:
 def gated_space(problem: Problem, rows: list[int]) -> WeightSpace:
     """The gate's merge, its leading singular values trained."""
     mix = chosen_mix(problem, rows)
-    weights = mix_model(problem, mix)[1]() if mix.sources else dict(problem.base)
-    factors = factors_of(problem, weights) if mix.sources else sigma_free(problem)
+    weights = mix_model(problem, mix)[1]() if mix.shares else dict(problem.base)
+    factors = factors_of(problem, weights) if mix.shares else sigma_free(problem)
     return sigma_merged(weights, factors=factors, num_values=num_values(problem))
 
 
@@ -144,7 +142,7 @@ def base_space(problem: Problem, rows: list[int]) -> WeightSpace:
 def random_space(problem: Problem, rows: list[int]) -> WeightSpace:
     """Random directions on the gate's merge."""
     mix = chosen_mix(problem, rows)
-    start = dict(problem.base) | dict(mix_model(problem, mix)[1]() if mix.sources else {})
+    start = dict(problem.base) | dict(mix_model(problem, mix)[1]() if mix.shares else {})
     return random_factors(start, names=problem.matrices, num_values=num_values(problem), seed=0)
 
 

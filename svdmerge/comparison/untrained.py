@@ -12,6 +12,8 @@ from torch import Tensor
 
 from svdmerge.comparison.problem import Problem, Weights
 from svdmerge.core.gate import Mix, gate
+from svdmerge.core.params import budget
+from svdmerge.core.svd import exact
 from svdmerge.core.transfer import RidgeFit
 from svdmerge.peers.loo import loo_weights
 
@@ -97,15 +99,28 @@ def pick(problem: Problem, rows: list[int]) -> Result:
 
 
 def pick_at_k(problem: Problem, rows: list[int]) -> Result:
-    """The same source by its leading components."""
+    """The same source by its leading components: what the rest adds, noise or use, is gone."""
     name = best_source(problem, rows)
-    return model(problem, rows, *pooled(problem, [name], strength=1.0, k=K), sources=(name,))
+    revision = problem.sources[name].revision
+    return model(
+        problem, rows, f"truncated {K:g}: {revision}", lambda: truncated(problem, name),
+        sources=(name,),
+    )  # fmt: skip
+
+
+def truncated(problem: Problem, name: str) -> Weights:
+    """A source's matrices at rank k, its vectors whole."""
+    found: dict[str, Tensor] = {}
+    for n, d in problem.source_difference(name).items():
+        if d.dim() == 2:
+            d = exact(d).slice(0, budget(K, rank=min(d.shape))).dense().to(d)
+        found[n] = problem.base[n] + d
+    return found
 
 
 def axis(problem: Problem, rows: list[int]) -> Result:
     """AXIS of all sources as published, untuned."""
-    names = sorted(problem.sources)
-    return model(problem, rows, *pooled(problem, names, strength=1.0, k=K), sources=names)
+    return model(problem, rows, *axis_model(K)(problem), sources=sorted(problem.sources))
 
 
 def average(problem: Problem, rows: list[int]) -> Result:
@@ -145,12 +160,10 @@ def stacking(problem: Problem, rows: list[int]) -> Result:
 def gated(problem: Problem, rows: list[int]) -> Result:
     """svdmerge's default: sources and strength by held-out losses, pooled components, ridge."""
     mix = chosen_mix(problem, rows)
-    if not mix.sources:
-        return probe(problem, rows)
-    key, weights = mix_model(problem, mix)
+    parts = sorted(mix.weights.items(), key=lambda part: -part[1])
     return model(
-        problem, rows, key, weights, sources=mix.sources,
-        detail=f"{len(mix.sources)} at total {mix.total:g}: {', '.join(mix.sources)}",
+        problem, rows, *mix_model(problem, mix), sources=list(mix.weights),
+        detail=f"total {mix.total:.3g}: " + ", ".join(f"{n} {w:.2f}" for n, w in parts),
     )  # fmt: skip
 
 
@@ -198,22 +211,28 @@ def mixed(problem: Problem, weights: Mapping[str, float]) -> tuple[str, Callable
     return f"mixed {key}", lambda: problem.mixed(weights)
 
 
-def pooled(
-    problem: Problem, names: Sequence[str], *, strength: float, k: float
-) -> tuple[str, Callable[[], Weights]]:
-    """Pooled top components."""
-    key = ", ".join(sorted(problem.sources[n].revision for n in names))
-    return (
-        f"pooled {k:g} at {strength:.6g}: {key}",
-        lambda: problem.pooled(names, k=k, strength=strength),
-    )
+def axis_model(k: float) -> Callable[[Problem], tuple[str, Callable[[], Weights]]]:
+    """AXIS of all sources at a share of the rank."""
+
+    def made(problem: Problem) -> tuple[str, Callable[[], Weights]]:
+        key = ", ".join(sorted(s.revision for s in problem.sources.values()))
+        return f"axis {k:g}: {key}", lambda: problem.axis(k=k)
+
+    return made
 
 
 def mix_model(problem: Problem, mix: Mix) -> tuple[str, Callable[[], Weights]]:
     """What the gate considers, at full rank; a source as it is counts as the whole source."""
-    if len(mix.sources) == 1 and mix.total == 1.0:
-        return whole(problem, mix.sources[0])
-    return pooled(problem, mix.sources, strength=mix.weight, k=1.0)
+    if not mix.shares:
+        return "base", base_weights
+    if len(mix.shares) == 1 and mix.total == 1.0:
+        return whole(problem, mix.shares[0][0])
+    shares = sorted((problem.sources[n].revision, share) for n, share in mix.shares)
+    key = ", ".join(f"{revision} {share:.9g}" for revision, share in shares)
+    return (
+        f"pooled at {mix.total:.9g}: {key}",
+        lambda: problem.pooled(dict(mix.shares), total=mix.total),
+    )
 
 
 UNTRAINED: dict[str, Entrant] = {

@@ -1,12 +1,13 @@
 """Which sources to merge for a target, and how strongly, by losses of its held-out examples."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from svdmerge.core.evidence import choose
+from svdmerge.core.evidence import choose, standard_error
 
 # Numbers of sources merged, best first. Nested sets, roughly doubling: each is one more look at
 # the same few examples, and the best of many looks is luck.
@@ -14,42 +15,76 @@ SET_SIZES = (2, 3, 5, 10, 20, 50, 100)
 # Sum of the merged sources' weights. 1 is the plain average; sources that share directions are
 # over-counted by their number, while those that do not are worth their full strength each.
 TOTALS = (0.5, 1.0, 1.5, 2.0, 3.0)
-# Of the best source alone: as it is, or part of the way from the base (WiSE-FT, 2109.01903).
-ALONE = (1.0, 0.75, 0.5)
+# Standard errors by which a model must fall behind the best one to weigh e times less. Of 0.25,
+# 0.35, 0.5 and 1, on three targets of 16 to 48 examples: larger ones dilute a clear best source,
+# smaller ones trust whichever of many equals was luckiest.
+SOFTNESS = 0.35
+# Weights below this are left out: they change nothing but the number of sources to read.
+LEAST = 0.01
+
+Losses = Float[Tensor, " b"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """Sources that are merged with equal weights, and the sum of these; none is the base itself."""
+    """Sources with their shares, which add up to 1, and their strength together; none: the base."""
 
-    sources: tuple[str, ...] = ()
+    shares: tuple[tuple[str, float], ...] = ()
     total: float = 0.0
 
     @property
-    def weight(self) -> float:
-        """Of each source."""
-        return self.total / len(self.sources) if self.sources else 0.0
+    def weights(self) -> dict[str, float]:
+        """Each source's strength."""
+        return {source: share * self.total for source, share in self.shares}
 
 
-BASE = Mix()
-Losses = Float[Tensor, " b"]
 Judge = Callable[[Sequence[Mix]], Sequence[Losses]]
+BASE = Mix()
 
 
 def alone(source: str) -> Mix:
     """A source as it is."""
-    return Mix(sources=(source,), total=1.0)
+    return Mix(shares=((source, 1.0),), total=1.0)
+
+
+def equal(sources: Sequence[str], *, total: float) -> Mix:
+    """Sources that count alike."""
+    return Mix(shares=tuple((s, 1.0 / len(sources)) for s in sources), total=total)
+
+
+def soft(sources: Mapping[str, Losses], *, base: Losses) -> Mix:
+    """Sources and base weighed by how far each falls behind the best of them.
+
+    A weight is exp(-gap / (SOFTNESS * its standard error)) of the paired difference to the best
+    one, and all add up to 1, the base's part being what the merge falls short of full strength. So
+    what the examples cannot tell apart is averaged, and with more examples the best one takes all.
+    """
+    models: dict[str | None, Losses] = {None: base, **sources}
+    means = {name: float(x.double().mean()) for name, x in models.items()}
+    best = min(models, key=lambda name: (means[name], name or ""))
+    weights = {
+        name: _weight(models[name] - models[best], gap=means[name] - means[best]) for name in models
+    }
+    whole = sum(weights.values())
+    kept = {n: w / whole for n, w in weights.items() if n is not None and w / whole >= LEAST}
+    total = sum(kept.values())
+    if total < LEAST:
+        return BASE
+    return Mix(shares=tuple(sorted((n, w / total) for n, w in kept.items())), total=total)
+
+
+def _weight(difference: Losses, *, gap: float) -> float:
+    if gap <= 0.0:
+        return 1.0
+    error = standard_error(difference)
+    return math.exp(-gap / (SOFTNESS * error)) if error > 0.0 else 0.0
 
 
 def mixes(order: Sequence[str], *, gains: Mapping[str, float]) -> list[Mix]:
-    """The merges to consider besides the base and the best source alone, simplest first.
-
-    `order` holds the sources, best first; merged are the best m of those that lower the loss.
-    """
+    """The merges to consider, simplest first: the best m of the sources that lower the loss."""
     helping = tuple(s for s in order if gains[s] > 0)
     sets = [helping[:m] for m in SET_SIZES if m <= len(helping)]
-    found = [Mix(sources=tuple(order[:1]), total=t) for t in ALONE[1:]]
-    return found + [Mix(sources=members, total=t) for members in sets for t in TOTALS]
+    return [equal(members, total=t) for members in sets for t in TOTALS]
 
 
 def gate(
@@ -58,15 +93,16 @@ def gate(
     """The merge that the examples ask for, and the losses of all that were considered.
 
     `sources` holds each source's losses as it is, `judge` gives those of mixes, on the same b
-    examples. Starts from the better of the base and the best source; a merge takes their place only
+    examples. Starts from the soft mix; a merge of several at another strength takes its place only
     if it is better by more than noise (`core.evidence.choose`).
     """
     means = {s: float(x.double().mean()) for s, x in sources.items()}
     order = sorted(sources, key=lambda s: (means[s], s))
     start = float(base.double().mean())
     found: dict[Mix, Losses] = {BASE: base, alone(order[0]): sources[order[0]]}
-    single = min(found, key=lambda mix: float(found[mix].double().mean()))
+    first = soft(sources, base=base)
     rest = mixes(order, gains={s: start - mean for s, mean in means.items()})
-    found |= dict(zip(rest, judge(rest), strict=True))
-    ordered = [single, *rest]
+    asked = [mix for mix in dict.fromkeys([first, *rest]) if mix not in found]
+    found |= dict(zip(asked, judge(asked), strict=True))
+    ordered = [first, *(mix for mix in rest if mix != first)]
     return ordered[choose([found[mix] for mix in ordered])], found

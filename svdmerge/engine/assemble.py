@@ -78,7 +78,7 @@ def _factor_unit(
         picks=tuple((p, chosen.get(p.source_id, ())) for p in parameters),
         merging=Merging(
             method=plan.recipe.merge_method,
-            num_sources=len(plan.sources),
+            num_sources=plan.averaged_over,
             scale=plan.scale,
             density=plan.recipe.parameters.density or 1.0,
         ),

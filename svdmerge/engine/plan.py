@@ -50,6 +50,8 @@ class Plan:
     groups: tuple[tuple[Parameter, ...], ...]
     """The matrices again, as they travel together."""
     hash: str
+    averaged_over: int
+    """Sources that an average is taken over: all, but 1 where weights add up to 1 already."""
 
     @property
     def store(self) -> Folder:
@@ -144,6 +146,7 @@ def make_plan(recipe: Recipe) -> Plan:
         parameters=parameters,
         groups=tuple(_grouped(parameters, base=base)),
         hash=_hash(recipe, base=base, sources=sources),
+        averaged_over=len(sources),
     )
     _check_memory(plan)
     return plan
