@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from svdmerge.storage.filesystem import Folder
 
@@ -13,6 +14,14 @@ from svdmerge.storage.filesystem import Folder
 State = dict[str, Any]
 STATE = "state.pt"
 _PREFIX = "checkpoint-"
+
+
+def untrained(head: dict[str, Tensor]) -> State:
+    """The state where nothing was there to train: the head as it started."""
+    return {
+        "epoch": 0, "sigma_change": {}, "head": head, "curve": [], "best": None,
+        "seconds": 0.0, "resumes": 0,
+    }  # fmt: skip
 
 
 class Checkpoints(Protocol):

@@ -100,6 +100,12 @@ def load_target(config: TuneConfig, *, base: Checkpoint) -> Target:
         TrainingError: a file or column is missing or unfit, a class has no example, or a test label
             is not among the training labels.
     """
+    if Folder.at(config.train) == Folder.at(config.test):
+        raise TrainingError(
+            f"{config.test}: is both `train` and `test`",
+            "Accuracy on examples that were trained on says nothing.",
+            "Give a test file of other examples.",
+        )
     drawn = draw_training(config)
     test = read_columns(config.test, config=config, classes=drawn.classes)
     num_classes = 0 if config.task == "causal_lm" else int(drawn.labels.max()) + 1

@@ -197,9 +197,16 @@ def _head_tensors(head: LinearHead) -> dict[str, Tensor]:
 def _publish(staged: Folder, out: Folder) -> None:
     if staged == out:
         return
-    target, old = Path(out.path()), Path(staged.path() + ".old")
-    if target.exists():
-        target.rename(old)
-    Path(staged.path()).rename(target)
-    if old.exists():
-        Folder.at(old).remove()
+    target, old = Path(out.path()), Folder(f"{staged.uri}.old")
+    try:
+        if target.exists():
+            old.remove()  # left by an attempt that was killed right here
+            target.rename(old.path())
+        Path(staged.path()).rename(target)
+        old.remove()
+    except OSError as error:
+        raise OutputError(
+            f"{out.uri}: cannot be replaced",
+            str(error),
+            f"Check its permissions, or give another `out`; what was written is in {staged.uri}.",
+        ) from error

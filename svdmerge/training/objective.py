@@ -151,8 +151,8 @@ class RidgeJudge:
 
     @property
     def error(self) -> float:
-        """Mean over examples of the leave-one-out error."""
-        return float(self.fit.loo_error.mean())
+        """Mean over examples of the leave-one-out loss, in nats."""
+        return float(self.fit.log_loss.mean())
 
     @property
     def losses(self) -> Tensor:

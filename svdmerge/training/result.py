@@ -20,7 +20,7 @@ class Row:
     seconds: float
     """Features, head and training; of a cached part, what it took when it was computed."""
     loo_error: float | None
-    """Mean squared leave-one-out error of the ridge head on the training examples.
+    """Mean leave-one-out loss of the ridge head on the training examples, in nats.
 
     Of a tuned model it is too good: its features were trained on the very examples left out. Of a
     language model that was not tuned, nats per token: nothing was fitted to the training examples.
@@ -112,14 +112,16 @@ def verdict(
 ) -> str:
     """Whether tuning beats the merge as it is, and every other row, in plain sentences.
 
-    `error` is the standard error of the difference, by default that of one accuracy on so many
+    `error` is the standard error of the difference, by default that of two accuracies on so many
     examples: what smaller differences are not told apart by.
     """
     if error is None:
-        error = math.sqrt(max(tuned.accuracy * (1 - tuned.accuracy), 0.0) / num_test)
+        # As if the two were independent, and no less than one example: both too wide, neither zero.
+        spread = sum(r.accuracy * (1 - r.accuracy) for r in (tuned, merged))
+        error = max(math.sqrt(max(spread, 0.0) / num_test), 1 / num_test)
     gain = tuned.merit - merged.merit
     figures = f"{_figure(tuned)} after, {_figure(merged)} before"
-    if abs(gain) < error:
+    if abs(gain) <= error:
         told = f"Tuning made no clear difference to the merged model: {figures}"
     elif gain < 0:
         told = f"Tuning is WORSE than not tuning: {figures}"

@@ -110,8 +110,10 @@ def tunable(
 ) -> tuple[dict[str, int], list[str]]:
     """The matrices that can be tuned, and notes on the others.
 
+    Where nothing was merged, as when no source helps the target, nothing is tuned.
+
     Raises:
-        TrainingError: there are none.
+        TrainingError: none is a linear layer of the backbone.
     """
     linear = {p for p in parameters if linear_of(backbone.module, backbone.module_name(p))}
     empty = set() if null_space else {p for p in linear if parameters[p] == 0}
@@ -120,7 +122,7 @@ def tunable(
         *_told(empty, "have no merged components to tune"),
     ]
     kept = {p: k for p, k in sorted(parameters.items()) if p in linear - empty}
-    if not kept:
+    if not linear:
         raise TrainingError(
             f"none of {len(parameters)} merged matrices can be tuned",
             "; ".join(notes),

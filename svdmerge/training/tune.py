@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from svdmerge.storage.manifest import Committed
 from svdmerge.training import trainee as trainees
 from svdmerge.training.adapter import Adapted, Adapter, Origin, absolute, factors_digest
 from svdmerge.training.backbone import Backbone, build_backbone, lacking
-from svdmerge.training.checkpointing import State, save_file
+from svdmerge.training.checkpointing import State, save_file, untrained
 from svdmerge.training.data import Target, hold_out, load_target
 from svdmerge.training.export import check_out, export
 from svdmerge.training.features import Features, FeatureStore, cached
@@ -179,6 +180,8 @@ class _Tuning:
         measured = self.features.train(self.merged).values[self.kept]
         head = self.objective.start(measured, self.target.train.take(self.kept))
         save_file(self.job.folder, trainees.HEAD, head)
+        if not self.job.parameters:
+            return untrained(head), False
         epochs = self.config.epochs
         return fit(
             self.job,
@@ -237,6 +240,13 @@ class _Tuning:
     def _tuned_features(self, state: State, part: str) -> Features:
         examples = self.target.train if part == "train" else self.target.test
         key = f"tuned-{self.key[:32]}-{examples.digest()[:16]}"
+
+        if not state["sigma_change"]:
+            return (
+                self.features.train(self.merged)
+                if part == "train"
+                else self.features.test(self.merged)
+            )
 
         def measure() -> Tensor:
             backbone = self._trained(state).backbone
@@ -320,7 +330,7 @@ def _borrowed(sources: Sequence[Checkpoint], *, base: Checkpoint) -> Iterator[st
 
 
 def _source(probe: Probe) -> str:
-    return f"best source: {probe.model.folder.name}"
+    return f"best source: {PurePath(probe.model.reference).name}"
 
 
 def _row(
