@@ -305,7 +305,10 @@ def _staged(
 def _folder(uri: str) -> Any:
     from svdmerge.storage.filesystem import Folder
 
-    return Folder.at(uri)
+    folder = Folder.at(uri)
+    if not folder.exists():
+        raise RecipeError(f"{uri}: does not exist", "", "Check the path of the store.")
+    return folder
 
 
 def _progress() -> "Progress":

@@ -88,6 +88,7 @@ def run_tables(report: "RunReport") -> list[Any]:
     tables += ranking_tables(report.ranking) if report.ranking is not None else []
     tables += [report.adaptation.verdict] if report.adaptation is not None else []
     tables += [kept] if report.kept else []
+    tables += [f"warning: {told}" for told in report.warnings]
     return [*tables, *([_tuned_table(report.tune)] if report.tune is not None else [])]
 
 

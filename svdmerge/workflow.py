@@ -19,6 +19,7 @@ from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
 from svdmerge.engine.tasks import Receipt
 from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeError
+from svdmerge.places import check_places
 from svdmerge.progress import SILENT, Progress
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import model_card
@@ -31,6 +32,7 @@ from svdmerge.storage.output import (
     damaged_files,
     publish,
     read_manifest,
+    release,
     staging,
     written_files,
 )
@@ -196,9 +198,16 @@ class Run:
         from svdmerge.training.targets import TargetsResult
         from svdmerge.tuning import tune_recipe
 
-        if read_manifest(self.out) is None:
+        manifest = read_manifest(self.out)
+        if manifest is None:
             raise StoreError(
                 f"{self.out.uri}: holds no merged model", "", "Run `svdmerge run` first."
+            )
+        if manifest.plan_hash != self.plan.hash:
+            raise StoreError(
+                f"{self.out.uri}: is the output of another recipe",
+                f"Its plan is {manifest.plan_hash}, this recipe's {self.plan.hash}.",
+                "Run `svdmerge run` first.",
             )
         start = time.perf_counter()
         self.report.tune = found = tune_recipe(
@@ -248,11 +257,16 @@ class Run:
 
     def _write(self, selection: pa.Table) -> list[Receipt]:
         plan, staged = self.plan, staging(self.out, plan_hash=self.plan.hash)
-        written = assemble.write_model(plan, staged, runtime=self._runtime, progress=self._progress)
-        found = pq_bytes(select.provenance(self._merged, selection))
-        written += _side_files(plan, staged, provenance=found, report=self.report)
-        copy_side_files(plan.base, staged)
-        publish(staged, self.out, manifest=_manifest(plan, staged, written))
+        try:
+            written = assemble.write_model(
+                plan, staged, runtime=self._runtime, progress=self._progress
+            )
+            found = pq_bytes(select.provenance(self._merged, selection))
+            written += _side_files(plan, staged, provenance=found, report=self.report)
+            copy_side_files(plan.base, staged)
+            publish(staged, self.out, manifest=_manifest(plan, staged, written))
+        finally:
+            release(staged)
         return []
 
     def _save_report(self) -> None:
@@ -322,6 +336,7 @@ def prepare(recipe: Recipe, *, address: str) -> Plan:
         SvdmergeError: whatever headers show, and places that cannot be written.
     """
     plan, out = make_plan(recipe), Folder.at(recipe.out)
+    check_places(plan)
     check_ours(out)
     _check_shared(plan, out, address=address)
     plan.store.probe_writable()

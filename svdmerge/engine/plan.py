@@ -138,6 +138,7 @@ def make_plan(recipe: Recipe) -> Plan:
         if actions[name] is not Action.BASE
         for p in matrices(name, shape=ref.shape, action=actions[name])
     )
+    _refuse_same_ids(parameters)
     plan = Plan(
         recipe=recipe,
         base=base,
@@ -145,7 +146,7 @@ def make_plan(recipe: Recipe) -> Plan:
         actions=actions,
         parameters=parameters,
         groups=tuple(_grouped(parameters, base=base)),
-        hash=_hash(recipe, base=base, sources=sources),
+        hash=_hash(recipe, base=base, sources=sources, actions=actions),
         averaged_over=len(sources),
     )
     _check_memory(plan)
@@ -251,8 +252,9 @@ def _source(
     )
 
 
-def _kind(ref: TensorRef) -> tuple[tuple[int, ...], bool]:
-    return ref.shape, ref.dtype in FLOATING
+def _kind(ref: TensorRef) -> tuple[tuple[int, ...], str]:
+    """Shape, and the dtype where it must be the same: integers are compared as bytes."""
+    return ref.shape, "" if ref.dtype in FLOATING else ref.dtype
 
 
 def _more(names: Sequence[str]) -> str:
@@ -271,6 +273,18 @@ def _refuse_twins(sources: Sequence[Source]) -> None:
                 f"models: {both}: the same model is listed twice",
                 "It would take two sources' share of the merge.",
                 "List it once, with a `weight` if it should count more.",
+            )
+
+
+def _refuse_same_ids(parameters: Sequence[Parameter]) -> None:
+    """Slices are called `name[i]`: a tensor may not be called what another's slice is."""
+    seen: dict[str, str] = {}
+    for p in parameters:
+        if (other := seen.setdefault(p.id, p.tensor)) != p.tensor:
+            raise MismatchError(
+                f"{p.tensor} and {other}: both have a matrix called {p.id}",
+                "Components are stored by that name.",
+                "Give one of them `policy: base`.",
             )
 
 
@@ -310,9 +324,14 @@ def numerics_class(threads: int) -> str:
     return f"cpu/{platform.machine()}/torch-{version('torch')}/threads-{threads}"
 
 
-def _hash(recipe: Recipe, *, base: Checkpoint, sources: Sequence[Source]) -> str:
+def _hash(
+    recipe: Recipe, *, base: Checkpoint, sources: Sequence[Source], actions: Mapping[str, Action]
+) -> str:
     fields: dict[str, object] = {
         "base": base.revision,
+        # Copied to the output, and no part of the weights' revision.
+        "config": base.config,
+        "actions": actions,
         "sources": [(s.revision, s.weight) for s in sources],
         "recipe": recipe.numeric_digest(),
         "numerics": numerics_class(recipe.resources.threads),

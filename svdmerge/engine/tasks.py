@@ -98,7 +98,8 @@ def decompose(unit: DecomposeUnit) -> Receipt:
         found = _components(unit, item, _delta(unit, item, source, base))
         rows.append(found[0])
         spectra.append(_spectrum(item, found[1], digest, first=unit.first))
-    group = layout.group_key(i.parameter.source_id for i in unit.items)
+    # With the depths: another budget may reach the same last component with other matrices shorter.
+    group = layout.group_key(f"{i.parameter.source_id} {i.depth}" for i in unit.items)
     last = max(i.depth for i in unit.items) - 1
     place = f"{group}/{unit.first}-{last}"
     commit = put_unit(

@@ -37,7 +37,21 @@ class Folder:
         """The folder at a path or URI; local paths are made absolute, workers have another cwd."""
         text = str(uri)
         if "://" not in text:
-            text = str(Path(text).expanduser().resolve())
+            try:
+                text = str(Path(text).expanduser().resolve())
+            except (
+                RuntimeError,
+                ValueError,
+                OSError,
+            ) as error:  # no such user, NUL, a loop of links
+                raise StoreError(f"{text!r}: is no path", str(error), "Correct it.") from None
+        elif "@" in (address := text.split("://")[1].split("/")[0]) and ":" in address:
+            # It would end up in cards, manifests and reports.
+            raise StoreError(
+                f"{text.split('://')[0]}://...: the URI holds a password",
+                "Places are written to cards, manifests and reports.",
+                "Give credentials by the environment.",
+            )
         # The root of a filesystem, such as memory://, keeps its slashes.
         return Folder(text if text.endswith("://") or not text.strip("/") else text.rstrip("/"))
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,11 +141,12 @@ def output_bytes(tensor: OutputTensor, *, factors: Committed) -> bytes:
         return tensor.base.read_bytes()
     merged = merged_tensor(tensor, factors=factors)
     cast = merged.to(getattr(torch, TORCH_NAMES[tensor.dtype])).reshape(-1)
-    if not all_finite(cast) and all_finite(merged):
+    if not all_finite(cast) and (tensor.matrices or all_finite(merged)):
+        largest = float(merged.nan_to_num(posinf=math.inf, neginf=-math.inf).abs().max())
         raise ContentError(
             f"{tensor.base.name}: overflows {tensor.dtype}",
-            f"Its largest value is {float(merged.abs().max()):.3g}.",
-            "Use a wider `out_dtype`.",
+            f"Its largest value is {largest:.3g}.",
+            "Use a wider `out_dtype`, or smaller weights and `scale`.",
         )
     return cast.view(torch.uint8).numpy().tobytes()
 

@@ -1,5 +1,6 @@
 """The output folder: whose it is, how it appears whole, and whether it is what it claims."""
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
@@ -74,8 +75,43 @@ def staging(out: Folder, *, plan_hash: str) -> Folder:
         return out
     parent, _, name = out.uri.rpartition("/")
     folder = Folder(f"{parent}/.{name}.partial-{plan_hash[:8]}")
+    _hold(out, Path(f"{folder.path()}.lock"))
     folder.remove()
     return folder
+
+
+# Open lock files by path: a process keeps its locks until it publishes or ends, however it ends.
+_HELD: dict[Path, Any] = {}
+
+
+def _hold(out: Folder, path: Path) -> None:
+    """Take the lock on an output that is being written. Raises: OutputError, if another has it."""
+    if path in _HELD:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise OutputError(
+            f"{out.uri}: is being written by another run",
+            "Both would write the same files.",
+            "Wait for it to end, or give another `out`.",
+        ) from None
+    except OSError:
+        file.close()  # a filesystem without locks: one run at a time is then the user's rule
+        return
+    _HELD[path] = file
+
+
+def release(staged: Folder) -> None:
+    """Give up the lock on an output, published or not."""
+    path = Path(f"{staged.path()}.lock")
+    file = _HELD.pop(path, None)
+    if file is not None:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def publish(staged: Folder, out: Folder, *, manifest: Manifest) -> None:
@@ -84,6 +120,7 @@ def publish(staged: Folder, out: Folder, *, manifest: Manifest) -> None:
     Raises:
         OutputError: the place cannot be taken.
     """
+    check_ours(out)  # once more: a user may have put files there meanwhile
     staged.put(MANIFEST, manifest.to_json())
     if staged == out:
         return
@@ -94,6 +131,7 @@ def publish(staged: Folder, out: Folder, *, manifest: Manifest) -> None:
             target.rename(old.path())
         Path(staged.path()).rename(target)
         old.remove()
+        release(staged)
     except OSError as error:
         raise OutputError(
             f"{out.uri}: cannot be replaced",

@@ -10,7 +10,8 @@ import pyarrow as pa
 import torch
 
 from svdmerge.core.components import RankOneComponents
-from svdmerge.errors import StoreError
+from svdmerge.core.delta import all_finite
+from svdmerge.errors import ContentError, StoreError
 from svdmerge.storage import schema
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.layout import BLOCK
@@ -66,6 +67,12 @@ def encode(rows: Iterable[Rows]) -> tuple[bytes, tuple[Block, ...]]:
         for row in rows:
             for start in range(0, len(row.components), BLOCK):
                 part = row.components.slice(start, start + BLOCK).to(torch.float32)
+                if not all(all_finite(t) for t in (part.u, part.s, part.vh)):
+                    raise ContentError(
+                        f"{row.parameter}: a component is not finite in float32",
+                        f"One of those from {row.first + start} on.",
+                        "Use smaller weights and `scale`, or remove the source.",
+                    )
                 # The magic and the schema are written with the first batch.
                 offset = max(sink.tell(), _PRELUDE_BYTES)
                 writer.write_batch(_batch(row, start=row.first + start, part=part))

@@ -23,7 +23,7 @@ from svdmerge.storage.hf_model import (
     write_safetensors,
 )
 from svdmerge.storage.manifest import Covered, put_unit
-from svdmerge.storage.output import staging, written_files
+from svdmerge.storage.output import release, staging, written_files
 from svdmerge.storage.shards import Rows
 from svdmerge.training.adapter import (
     ADAPTER,
@@ -90,6 +90,7 @@ def export(
         "files": written_files(staged, known=[]),
     }
     staged.put(TUNE, (json.dumps(manifest, indent=1) + "\n").encode())
+    check_out(out)  # once more: a user may have put files there meanwhile
     _publish(staged, out)
 
 
@@ -204,6 +205,7 @@ def _publish(staged: Folder, out: Folder) -> None:
             target.rename(old.path())
         Path(staged.path()).rename(target)
         old.remove()
+        release(staged)
     except OSError as error:
         raise OutputError(
             f"{out.uri}: cannot be replaced",
