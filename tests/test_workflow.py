@@ -30,6 +30,8 @@ from merging import (
 )
 from safetensors.torch import load_file
 
+from svdmerge.engine import tasks
+from svdmerge.engine.decompose import pending
 from svdmerge.engine.runtime import InProcess, open_runtime
 from svdmerge.errors import ContentError, OutputError, ResourceError, StoreError
 from svdmerge.storage.filesystem import Folder
@@ -291,6 +293,16 @@ def test_side_files_of_the_base_are_copied_and_indexes_are_not(bench: Bench) -> 
     assert (bench.out / "vocab.txt").read_text() == "a\nb\n"
     assert (bench.out / "config.json").read_bytes() == (bench.base / "config.json").read_bytes()
     assert not (bench.out / "pytorch_model.bin.index.json").exists()
+
+
+def test_claims_of_a_base_that_svdmerge_made_are_not_copied(bench: Bench) -> None:
+    """With `tune.json` a merged model would pass for a tuned one, which a tuning may replace."""
+    for name in ("tune.json", "targets.json", "adapter_config.json", "peft_manifest.json"):
+        (bench.base / name).write_text("{}")
+    (bench.base / "tokenizer.json").write_text("{}")
+    bench.run()
+    assert (bench.out / "tokenizer.json").exists()
+    assert [p.name for p in bench.out.glob("*.json") if p.read_text() == "{}"] == ["tokenizer.json"]
 
 
 def test_module_folders_of_the_base_are_copied_from_inside_it_only(bench: Bench) -> None:
@@ -623,3 +635,52 @@ def test_a_value_that_the_output_dtype_cannot_hold_is_told_and_nothing_is_publis
     with pytest.raises(ContentError, match=tiny.QUERY):
         bench.run(out_dtype="float16")
     assert not bench.out.exists()
+
+
+def test_another_configuration_of_the_base_is_another_output(bench: Bench) -> None:
+    """It decides which tensors are embeddings, and is copied."""
+    bench.run()
+    config = bench.base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": tiny.INNER}))
+    assert bench.run().status == "done"
+    first = outcome(bench.out)
+    assert (bench.out / "config.json").read_bytes() == config.read_bytes()
+    bench.run(store=str(bench.root / "fresh"), out=str(bench.root / "fresh-out"))
+    assert outcome(bench.root / "fresh-out") == first
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout": 0.5}))
+    assert bench.run().status == "done"
+
+
+def test_only_the_recipes_own_output_is_tuned(tmp_path: Path) -> None:
+    bench = micro_bench(tmp_path)
+    tune = {"task": "tensor", "train": "train.parquet", "test": "test.parquet"}
+    bench.run(parameters={"k": 6})
+    attempt = Run(bench.recipe(parameters={"k": 2}, tune=tune), runtime=InProcess())
+    before = tree(bench.out)
+    with pytest.raises(StoreError, match="output of another recipe"):
+        attempt.attempt(attempt.tune)
+    assert tree(bench.out) == before
+
+
+def test_a_run_in_between_with_other_depths_of_alike_units_hides_nothing(tmp_path: Path) -> None:
+    """Units of the same matrices and the same greatest depth, but another matrix is less deep."""
+    base = {"a.weight": torch.zeros(48, 48), "b.weight": torch.zeros(40, 40)}
+    torch.manual_seed(0)
+    models = [{n: torch.randn_like(t) for n, t in base.items()} for _ in range(2)]
+    bench = Bench(
+        root=tmp_path,
+        base=tiny.write_model(tmp_path / "base", base),
+        sources=tuple(tiny.write_model(tmp_path / f"source-{i}", m) for i, m in enumerate(models)),
+    )
+    plan, shares = bench.plan(parameters={"k": 20}), {"parameters": {"k": 0.35}}
+    assert [plan.depth(p) for p in plan.parameters] == [32, 32]
+    assert [bench.plan(**shares).depth(p) for p in plan.parameters] == [16, 16]
+    policies = [{"match": "b.weight", "policy": "decompose"}]
+    shares = {"parameters": {"k": 0.41}, "policies": policies}
+    assert [bench.plan(**shares).depth(p) for p in plan.parameters] == [32, 16]
+    planned = list(pending(plan))
+    bench.run(**shares)
+    for unit in planned:
+        tasks.decompose(unit)
+    assert list(pending(plan)) == []
+    assert bench.run(parameters={"k": 20}).status == "done"

@@ -32,6 +32,9 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Of configurations and tokenizers; the largest vocabularies stay well below.
 MAX_SIDE_FILE_BYTES = 100 << 20
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+# Where the base was tuned or merged by svdmerge, its claims are not the output's, and a PEFT
+# configuration would make loaders apply an adapter to it.
+NOT_COPIED = ("_manifest.json", "tune.json", "targets.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,13 +196,14 @@ def copy_side_files(base: Checkpoint, out: Folder) -> list[str]:
     """Configuration and tokenizer files copied from the base's folder; their names."""
     found = base.folder.names()
     # An index of other weights (.bin, a variant) would point at files that are not there.
-    names = [n for n in found if n.endswith(SIDE_SUFFIXES) and not n.endswith(".index.json")]
+    skipped = (".index.json", *NOT_COPIED)
+    names = [n for n in found if n.endswith(SIDE_SUFFIXES) and not n.endswith(skipped)]
     if "modules.json" in names:  # sentence-transformers keep their pooling in folders named there
         names += [f"{path}/config.json" for path in _module_folders(base) if path in found]
     copied: list[str] = []
     for name in names:
         stat = base.folder.stat(name)
-        if stat is not None and stat.size <= MAX_SIDE_FILE_BYTES and name != MANIFEST:
+        if stat is not None and stat.size <= MAX_SIDE_FILE_BYTES:
             out.put(name, base.folder.read(name))
             copied.append(name)
     return copied

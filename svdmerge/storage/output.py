@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,7 +103,15 @@ def _hold(out: Folder, path: Path) -> None:
     except OSError:
         file.close()  # a filesystem without locks: one run at a time is then the user's rule
         return
+    if not _is_at(file, path):  # its run ended, and took the name away, before this lock was had
+        file.close()
+        _hold(out, path)
+        return
     _HELD[path] = file
+
+
+def _is_at(file: Any, path: Path) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 def release(staged: Folder) -> None:
