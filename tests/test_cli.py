@@ -317,6 +317,17 @@ def test_store_gc_removes_orphans_and_spares_the_young_and_the_committed(bench: 
     assert bench.run().status == "unchanged"
 
 
+def test_store_gc_removes_orphans_among_merged_factors(bench: Bench) -> None:
+    bench.run()
+    committed = tree(bench.store)
+    folder = next((bench.store / "runs").rglob("factors/*.arrow")).parent
+    (folder / "00000000000000aa-00000000000000bb.arrow").write_bytes(b"of a second attempt")
+    (removed,) = result("store", "gc", bench.store, "--older-than-hours", "0")["removed"]
+    assert removed.endswith("factors/00000000000000aa-00000000000000bb.arrow")
+    assert tree(bench.store) == committed
+    assert result("store", "verify", bench.store) == {"faults": []}
+
+
 def test_orphans_change_nothing(bench: Bench) -> None:
     bench.run()
     first = outcome(bench.out)

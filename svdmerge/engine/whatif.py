@@ -56,7 +56,8 @@ def whatif(plan: Plan, *, budgets: Sequence[int | float]) -> list[Outcome]:
         )
     sources = [(s, load_source(plan, s)) for s in plan.sources]
     for source, committed in sources:
-        if not all(p.source_id in committed for p in plan.parameters):
+        # An empty matrix has no components, and is never stored.
+        if not all(p.source_id in committed for p in plan.parameters if plan.depth(p)):
             raise StoreError(
                 f"{source.reference}: is not decomposed in {plan.store.uri}",
                 "What-if answers from stored spectra.",

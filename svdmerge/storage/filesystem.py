@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 
-from svdmerge.errors import RetryableError, StoreError
+from svdmerge.errors import RetryableError, StoreError, SvdmergeError
 
 # s3fs caches listings per process; a store is written by many.
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
@@ -210,6 +210,10 @@ class Folder:
             return fsspec.url_to_fs(self.uri, **_OPTIONS.get(protocol, {}))
         except (ImportError, ValueError) as error:
             raise StoreError(f"{self.uri}: cannot be opened", str(error)) from None
+        except Exception as error:  # the hub is asked already here: see _reading
+            raise RetryableError(
+                f"{self.uri}: cannot be opened", _named(error), "Check the address and the network."
+            ) from error
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
@@ -267,6 +271,19 @@ def _reading(folder: Folder, relative: str) -> Generator[None]:
         # A disk that fails once fails again; a network may not.
         kind = StoreError if folder.is_local else RetryableError
         raise kind(f"{place}: cannot be read", str(error), "Check the store.") from error
+    except Exception as error:
+        # Filesystems of the network let their libraries' errors through, each of its own kind.
+        if folder.is_local or isinstance(error, SvdmergeError):
+            raise
+        raise RetryableError(
+            f"{folder.uri}/{relative}".rstrip("/") + ": cannot be read",
+            _named(error),
+            "Check the address and the network.",
+        ) from error
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

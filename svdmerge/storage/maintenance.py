@@ -51,7 +51,7 @@ def verify(store: Folder) -> list[str]:
     faults: list[str] = []
     for path in [*_commit_paths(store), *_factor_commit_paths(store)]:
         # Factors are named from their run's folder on, components from the store's.
-        root = path.partition(FACTORS)[0] + FACTORS if FACTORS in path else ""
+        root = _factors_root(path) if FACTORS in path else ""
         try:
             commit = read_commit(store, path)
             _check_objects(store.child(root) if root else store, commit)
@@ -75,9 +75,13 @@ def _check_objects(folder: Folder, commit: Commit) -> None:
 def collect_garbage(store: Folder, *, grace_s: float = GRACE_S) -> list[str]:
     """Remove what no commit names and half-written files, older than the grace; their paths."""
     named = {e.path for _, commit in _commits(store) for e in objects(commit)}
+    for path in _factor_commit_paths(store):
+        root, commit = _factors_root(path), read_commit(store, path)
+        named |= {f"{root}/{e.path}" for e in objects(commit)}
     removed: list[str] = []
     partial = [path for path in store.find() if is_partial(path)]
-    for path in sorted({*store.find("components"), *partial}):
+    factors = [p for p in store.find("runs") if f"{FACTORS}/" in p and p.endswith(".arrow")]
+    for path in sorted({*store.find("components"), *factors, *partial}):
         age_s = time.time() - store.fs.modified(store.path(path)).timestamp()
         if path not in named and age_s >= grace_s:
             store.remove(path)
@@ -91,6 +95,10 @@ def _commit_paths(store: Folder) -> list[str]:
 
 def _factor_commit_paths(store: Folder) -> list[str]:
     return [p for p in store.find("runs") if FACTORS in p and p.endswith(".json")]
+
+
+def _factors_root(path: str) -> str:
+    return path.partition(FACTORS)[0] + FACTORS
 
 
 def _commits(store: Folder) -> Iterator[tuple[str, Commit]]:

@@ -125,3 +125,16 @@ def test_whatif_is_not_certain_where_unstored_values_might_win(tmp_path: Path) -
     # All of 16 listed values of the second win first, and its 17th might well have too.
     told = whatif(bench.plan(**weighted), budgets=[10, 20])
     assert [o.certain for o in told] == [True, False]
+
+
+def test_whatif_of_a_model_with_an_empty_matrix(tmp_path: Path) -> None:
+    models = [{"a.weight": torch.randn(6, 5), "e.weight": torch.zeros(0, 5)} for _ in range(2)]
+    bench = Bench(
+        root=tmp_path,
+        base=tiny.write_model(tmp_path / "base", models[0]),
+        sources=(tiny.write_model(tmp_path / "source", models[1]),),
+    )
+    report = bench.run(parameters={"k": 2})
+    (told,) = whatif(bench.plan(parameters={"k": 2}), budgets=[2])
+    assert told.kept == report.kept
+    assert told.certain

@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from svdmerge.errors import StoreError, SvdmergeError
+from svdmerge.errors import RetryableError, StoreError, SvdmergeError
 from svdmerge.storage.filesystem import Folder
 
 
@@ -491,3 +493,51 @@ def test_files_are_readable_by_whom_the_umask_lets(local: Folder, tmp_path: Path
     plain.write_bytes(b"x")
     for name in ("put", "once"):
         assert (tmp_path / "store" / name).stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("path", ["~nouser-of-this-name/x", "a\0b"])
+def test_what_is_no_path_is_told(path: str) -> None:
+    with pytest.raises(StoreError, match="is no path"):
+        Folder.at(path)
+
+
+def test_a_password_in_a_uri_is_refused_and_not_repeated() -> None:
+    with pytest.raises(StoreError) as caught:
+        Folder.at("http://user:s3cret@host/model")
+    assert "s3cret" not in str(caught.value)
+
+
+class NoConnection(Exception):
+    """What a library of the network raises: no OSError."""
+
+
+class Unreachable(MemoryFileSystem):
+    protocol = "unreachable"
+
+    def info(self, path: str, **options: Any) -> Any:
+        raise NoConnection("name or service not known")
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        raise NoConnection("name or service not known")
+
+    def find(self, path: str, **options: Any) -> Any:
+        raise NoConnection("name or service not known")
+
+
+class Unopened(Unreachable):
+    protocol = "unopened"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        raise NoConnection("name or service not known")
+
+
+@pytest.mark.parametrize("kind", [Unreachable, Unopened])
+def test_errors_of_a_networks_own_kinds_are_told_with_the_place(kind: type[Unreachable]) -> None:
+    fsspec.register_implementation(str(kind.protocol), kind, clobber=True)
+    folder = Folder.at(f"{kind.protocol}://org/model")
+    for work in (folder.stat, folder.names, folder.find):
+        with pytest.raises(RetryableError) as caught:
+            work()
+        assert folder.uri in str(caught.value)
+        assert "NoConnection" in str(caught.value)
