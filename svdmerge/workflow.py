@@ -15,6 +15,7 @@ from svdmerge import __version__
 from svdmerge.engine import assemble, select
 from svdmerge.engine.decompose import decompose, pending
 from svdmerge.engine.estimate import estimate
+from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
 from svdmerge.engine.tasks import Receipt
@@ -56,12 +57,7 @@ class Run:
         self.report = RunReport(
             plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
         )
-        self.report.warnings += [
-            f"{s.reference}: {len(s.ignored)} tensors that the base lacks are left out, "
-            f"first {s.ignored[0]}"
-            for s in self.plan.sources
-            if s.ignored
-        ]
+        self.report.warnings += notices(self.plan)
 
     def all(self) -> RunReport:
         """Every stage that is left to do; the report."""

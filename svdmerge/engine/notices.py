@@ -1,0 +1,39 @@
+"""What a plan does otherwise than its recipe's words suggest: told, for nothing is silent."""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from svdmerge.core.params import Action
+from svdmerge.engine.plan import Plan
+
+
+def notices(plan: Plan) -> list[str]:
+    """A line each: tensors left out, a budget that is clamped, policies that fit nothing."""
+    return [*_ignored(plan), *_clamped(plan), *_unmatched(plan)]
+
+
+def _ignored(plan: Plan) -> Iterator[str]:
+    for s in plan.sources:
+        if s.ignored:
+            yield (
+                f"{s.reference}: {len(s.ignored)} tensors that the base lacks are left out, "
+                f"first {s.ignored[0]}"
+            )
+
+
+def _clamped(plan: Plan) -> Iterator[str]:
+    k = plan.recipe.parameters.k
+    if isinstance(k, float) or "k" not in plan.method.parameters:
+        return  # a share is never more than the rank
+    small = [p for p in plan.parameters if p.action is Action.DECOMPOSE and p.rank < k]
+    if small:
+        yield (
+            f"parameters.k: {k} is more than the rank of {len(small)} matrices, "
+            f"first {small[0].id} of rank {small[0].rank}: there the rank counts"
+        )
+
+
+def _unmatched(plan: Plan) -> Iterator[str]:
+    for rule in plan.recipe.policies:
+        if not any(fnmatchcase(name, rule.match) for name in plan.actions):
+            yield f"policies: {rule.match!r} matches no tensor of the base"
