@@ -7,7 +7,7 @@ import pyarrow as pa
 from svdmerge.core.methods.merging import Merging
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine import tasks
-from svdmerge.engine.plan import Plan, merge_bytes
+from svdmerge.engine.plan import Plan, merge_bytes, write_bytes
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import picks
 from svdmerge.progress import Progress
@@ -88,12 +88,11 @@ def _factor_unit(
 def _write_units(
     plan: Plan, files: Mapping[str, Sequence[OutputTensor]], out: Folder
 ) -> Iterator[tasks.WriteUnit]:
+    needs = write_bytes(plan)
     for file, tensors in files.items():
-        # Base as read, its float64, the dense difference of the largest matrix, and the cast.
-        largest = max((t.base.numel for t in tensors), default=0)
         yield tasks.WriteUnit(
             name=f"write {file}",
-            memory_bytes=32 * largest,
+            memory_bytes=max((needs[t.base.name] for t in tensors), default=0),
             threads=plan.recipe.resources.threads,
             folder=out,
             file=file,

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 from svdmerge.core.params import Action, Parameter
-from svdmerge.engine.plan import Plan, peak_bytes, stored_bytes
+from svdmerge.engine.plan import Plan, peak_bytes, stored_bytes, write_bytes
 
 # For the estimate of time: one core's float64 SVD and reading from a near disk. Measured on two
 # cores of a cloud machine (384 to 1536 wide); a guess elsewhere, and said to be one.
@@ -68,7 +68,9 @@ def estimate(plan: Plan) -> Estimate:
         store_bytes=num * sum(stored_bytes(p, depth=plan.depth(p)) for p in plan.parameters),
         output_bytes=plan.base.nbytes,
         flops=flops,
-        peak_task_bytes=max((peak_bytes(plan, g) for g in plan.groups), default=0),
+        peak_task_bytes=max(
+            [0, *(peak_bytes(plan, g) for g in plan.groups), *write_bytes(plan).values()]
+        ),
         cpu_seconds=flops / SVD_FLOPS_PER_S + read / READ_BYTES_PER_S,
     )
 

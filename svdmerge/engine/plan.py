@@ -13,7 +13,13 @@ from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.storage import layout
-from svdmerge.storage.checkpoint import FLOATING, Checkpoint, TensorRef, open_checkpoint
+from svdmerge.storage.checkpoint import (
+    FLOATING,
+    TORCH_NAMES,
+    Checkpoint,
+    TensorRef,
+    open_checkpoint,
+)
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.layout import BLOCK
 
@@ -207,6 +213,28 @@ def peak_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
     return max(unit_bytes(plan, parameters), merge_bytes(plan, parameters))
 
 
+def write_bytes(plan: Plan) -> dict[str, int]:
+    """Peak memory of writing each tensor of the output, by name.
+
+    What is copied is only read. Else an entry is held as read, decoded and in float64, then cast
+    (24 bytes at most), and the difference of one matrix at a time lies beside it in float64.
+    """
+    largest: dict[str, int] = {}
+    for p in plan.parameters:
+        if p.action is not Action.EQUAL:
+            largest[p.tensor] = max(p.numel, largest.get(p.tensor, 0))
+    return {
+        name: 24 * ref.numel + 8 * largest.get(name, 0)
+        if name in largest or _is_cast(ref, plan.recipe.out_dtype)
+        else ref.nbytes
+        for name, ref in plan.base.tensors.items()
+    }
+
+
+def _is_cast(ref: TensorRef, out_dtype: str) -> bool:
+    return ref.dtype in FLOATING and out_dtype not in ("base", TORCH_NAMES[ref.dtype])
+
+
 def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
     return action_of(
         ref.name,
@@ -308,12 +336,17 @@ def _grouped(
 def _check_memory(plan: Plan) -> None:
     limit = plan.recipe.resources.memory
     # The largest of all, so that the limit it names is enough for every other.
+    need, name = max(((n, name) for name, n in write_bytes(plan).items()), default=(0, ""))
+    told = f"{name} {list(plan.base.tensors[name].shape)}: writing" if name else ""
     group = max(plan.groups, key=lambda g: peak_bytes(plan, g), default=())
-    if group and (need := peak_bytes(plan, group)) > limit:
+    if group and peak_bytes(plan, group) >= need:
+        need = peak_bytes(plan, group)
         worst = max(group, key=lambda p: peak_bytes(plan, [p]))
         work = "decomposing" if need == unit_bytes(plan, group) else "merging"
+        told = f"{worst.id} ({worst.m} x {worst.n}): {work}"
+    if need > limit:
         raise ResourceError(
-            f"{worst.id} ({worst.m} x {worst.n}): {work} it needs {need / 2**20:.1f} MiB",
+            f"{told} it needs {need / 2**20:.1f} MiB",
             f"The recipe gives a task {limit / 2**20:.1f} MiB (resources.memory).",
             f"Set `resources: {{memory: {-(-need >> 20)}MiB}}` or more.",
         )

@@ -5,12 +5,21 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from merging import Bench, matrices_done, micro_bench, outcome, tiny_bench, tree, units
+from merging import (
+    Bench,
+    matrices_done,
+    micro_bench,
+    micro_model,
+    outcome,
+    tiny_bench,
+    tree,
+    units,
+)
 
 from svdmerge.core.params import Action
 from svdmerge.engine.estimate import estimate, svd_flops
-from svdmerge.engine.plan import UNIT_BYTES, decompose_bytes, unit_bytes
-from svdmerge.errors import RecipeError, ResourceError
+from svdmerge.engine.plan import UNIT_BYTES, decompose_bytes, unit_bytes, write_bytes
+from svdmerge.errors import MismatchError, RecipeError, ResourceError
 
 
 @pytest.fixture
@@ -233,3 +242,42 @@ def test_a_lost_shard_is_computed_again_with_the_same_bytes(tmp_path: Path) -> N
     assert tree(bench.store, below="components") == stored
     bench.run()
     assert outcome(bench.out) == first
+
+
+def test_integers_of_another_dtype_are_told_from_headers(tmp_path: Path) -> None:
+    bench = micro_bench(tmp_path)
+    steps = torch.tensor([7], dtype=torch.int32)
+    micro_model(bench.sources[1], seed=2, base=bench.base, steps=steps)
+    with pytest.raises(MismatchError, match=r"steps is I32 \[1\]"):
+        bench.plan()
+
+
+def test_two_matrices_of_one_name_are_told(tmp_path: Path) -> None:
+    stack = {"experts.w": torch.zeros(2, 6, 5), "experts.w[0]": torch.zeros(6, 5)}
+    bench = Bench(
+        root=tmp_path,
+        base=tiny.write_model(tmp_path / "base", stack),
+        sources=(tiny.write_model(tmp_path / "source", stack),),
+    )
+    with pytest.raises(MismatchError, match=r"a matrix called experts\.w\[0\]"):
+        bench.plan()
+
+
+def test_copying_an_embedding_needs_its_own_size_and_casting_it_is_in_the_plan(
+    tmp_path: Path,
+) -> None:
+    """An embedding is the largest tensor of most models, and usually only copied."""
+    big = {"wte": torch.zeros(256, 1024), "a.weight": torch.zeros(8, 8)}
+    bench = Bench(
+        root=tmp_path,
+        base=tiny.write_model(tmp_path / "base", big),
+        sources=(tiny.write_model(tmp_path / "source", big),),
+    )
+    plan = bench.plan(resources={"memory": "1MiB"})
+    assert write_bytes(plan)["wte"] == 1 << 20
+    assert write_bytes(plan)["a.weight"] == 32 * 64
+    assert estimate(plan).peak_task_bytes == 1 << 20
+    with pytest.raises(ResourceError, match=r"wte \[256, 1024\]: writing it needs 6\.0 MiB"):
+        bench.plan(resources={"memory": "1MiB"}, out_dtype="bfloat16")
+    report = bench.run(resources={"memory": "6MiB"}, out_dtype="bfloat16")
+    assert report.status == "done"
