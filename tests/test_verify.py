@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,24 @@ def test_a_lost_source_is_told(bench: Bench) -> None:
 def test_lost_factors_leave_the_claim_unproved(bench: Bench) -> None:
     shutil.rmtree(bench.store)
     assert only(broken(bench.out), MERGED)
+
+
+def test_the_base_in_place_of_the_merge_is_told_where_the_cast_is_as_coarse(
+    tmp_path: Path,
+) -> None:
+    """A fine-tune's differences may be smaller than half a unit of bfloat16's last place."""
+    base = tiny.tiny_base(tmp_path / "base", dtype=torch.bfloat16)
+    sources = tuple(
+        tiny.tiny_source(tmp_path / f"source-{i}", base, i, scale=0.004) for i in (1, 2)
+    )
+    bench = Bench(root=tmp_path, base=base, sources=sources)
+    bench.run()
+    assert broken(bench.out) == {}
+    shutil.copy(base / "model.safetensors", bench.out / "model.safetensors")
+    place, file = bench.out / "svdmerge_manifest.json", bench.out / "model.safetensors"
+    fields = json.loads(place.read_text())
+    claim = {"size": file.stat().st_size, "sha256": sha256(file.read_bytes()).hexdigest()}
+    place.write_text(json.dumps(fields | {"files": fields["files"] | {file.name: claim}}))
+    found = broken(bench.out)
+    assert only(found, MERGED)
+    assert any("of its values are as expected" in detail for detail in found.values())

@@ -414,6 +414,37 @@ def test_a_number_that_is_none_in_the_base_is_told_as_the_bases(bench: Bench) ->
     assert not bench.out.exists()
 
 
+@pytest.mark.parametrize("k", ["20%", "100%"])
+@pytest.mark.parametrize("method", ["axis", "average", "task_arithmetic"])
+def test_a_merge_that_float32_cannot_hold_is_told_and_not_published(
+    bench: Bench, method: str, k: str
+) -> None:
+    parameters: dict[str, Any] = {"scale": 1e39} | ({"k": k} if method == "axis" else {})
+    with pytest.raises(ContentError) as caught:
+        bench.run(merge_method=method, parameters=parameters)
+    assert ".weight" in str(caught.value) or ".bias" in str(caught.value)
+    assert not bench.out.exists()
+    assert_nothing_half_written(bench)
+
+
+def test_a_difference_that_float32_cannot_hold_is_told(bench: Bench) -> None:
+    big = torch.full((24,), 3e38)
+    micro_model(bench.base, seed=0, **{"a.bias": -big})
+    for number, source in enumerate(bench.sources, start=1):
+        micro_model(source, seed=number, **{"a.bias": big if number == 1 else -big})
+    with pytest.raises(ContentError, match=r"a\.bias"):
+        bench.run()
+    assert not bench.out.exists()
+
+
+def test_an_output_that_its_dtype_cannot_hold_is_told(bench: Bench) -> None:
+    for number, place in enumerate((bench.base, *bench.sources)):
+        micro_model(place, seed=number, **{"a.bias": torch.full((24,), 7e4)})
+    with pytest.raises(ContentError, match=r"a\.bias: overflows F16"):
+        bench.run(out_dtype="float16")
+    assert not bench.out.exists()
+
+
 def test_a_fault_of_content_comes_through_ray_as_itself(bench: Bench, ray_session: None) -> None:
     micro_model(bench.sources[1], seed=5, **{"a.bias": torch.full((24,), float("inf"))})
     with pytest.raises(ContentError, match=r"a\.bias holds NaN or Inf"):
