@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from svdmerge.core.transfer import RidgeFit, ridge
+from svdmerge.core.discriminant import DiscriminantFit, discriminant
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import InProcess
 from svdmerge.progress import SILENT
@@ -100,20 +100,20 @@ class Problem:
         place = {row: i for i, row in enumerate(held["rows"].tolist())}
         return held["values"][[place[row] for row in rows]]
 
-    def fit(self, key: str, weights: Callable[[], Weights], rows: Sequence[int]) -> RidgeFit:
-        """The ridge head on a model's features of the drawn rows, with its held-out losses."""
+    def fit(self, key: str, weights: Callable[[], Weights], rows: Sequence[int]) -> DiscriminantFit:
+        """The head on a model's features of the drawn rows, with its held-out losses."""
         values = self.features(key, weights, part="train", rows=rows)
-        return self.ridge(values, rows)
+        return self.head(values, rows)
 
-    def ridge(self, values: Tensor, rows: Sequence[int]) -> RidgeFit:
-        """The ridge head on features of the drawn rows."""
-        return ridge(values, labels=self.labels(rows), num_classes=self.num_classes)
+    def head(self, values: Tensor, rows: Sequence[int]) -> DiscriminantFit:
+        """The head in closed form on features of the drawn rows."""
+        return discriminant(values, labels=self.labels(rows), num_classes=self.num_classes)
 
     def labels(self, rows: Sequence[int]) -> Tensor:
         """Of drawn rows."""
         return self.train.labels[list(rows)]
 
-    def hits(self, key: str, weights: Callable[[], Weights], fit: RidgeFit) -> Tensor:
+    def hits(self, key: str, weights: Callable[[], Weights], fit: DiscriminantFit) -> Tensor:
         """Whether each test example is classified rightly (bool)."""
         rows = list(range(len(self.test)))
         values = self.features(key, weights, part="test", rows=rows)

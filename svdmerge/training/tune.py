@@ -31,7 +31,7 @@ from svdmerge.training.result import EpochPoint, Row, SourceScore, TuneResult, v
 from svdmerge.training.trainee import Job, Trainee, build_trainee, read_directions, tunable
 
 OnProgress = Callable[[str, int, int], None]
-BASE, MERGED, TUNED, REFITTED = "base", "merged", "tuned", "tuned, ridge head"
+BASE, MERGED, TUNED, REFITTED = "base", "merged", "tuned", "tuned, head in closed form"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -201,7 +201,7 @@ class _Tuning:
         )
 
     def _tuned_rows(self, state: State, *, probe_seconds: float) -> list[Row]:
-        """The tuned model with the head it trained, and with a ridge head like the other rows'."""
+        """The tuned model with the head it trained, and with one in closed form as other rows."""
         test, head = self._tuned_features(state, "test"), trained_head(state)
         num = sum(d.numel() for d in state["sigma_change"].values())
         seconds = probe_seconds + state["seconds"] + test.seconds
