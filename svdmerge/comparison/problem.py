@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from svdmerge.core.components import RankOneComponents
+from svdmerge.core.params import Action, Parameter
 from svdmerge.core.transfer import RidgeFit, ridge
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import InProcess
@@ -19,7 +21,7 @@ from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import FLOATING
 from svdmerge.targeting import merged_blend
 from svdmerge.training.backbone import Inputs, build_backbone, lacking, load_weights
-from svdmerge.training.blend import differences
+from svdmerge.training.blend import committed, differences
 from svdmerge.training.data import Examples, draw, load_target
 from svdmerge.training.features import extract
 from svdmerge.training.judge import subset
@@ -45,6 +47,7 @@ class Problem:
     """A target's examples and the sources it may use, all in memory.
 
     `plan` must be decomposed to its full rank; features are kept below `cache`, by model and row.
+    `alter` damages the examples, for tests of robustness.
     """
 
     def __init__(
@@ -56,13 +59,14 @@ class Problem:
         cache: Path,
         max_test: int,
         threads: int,
+        alter: Callable[[Examples], Examples] = lambda examples: examples,
     ) -> None:
         torch.set_num_threads(threads)
         self.name, self.plan, self.cache = name, plan, cache
         target = load_target(config, base=plan.base)
         self.num_classes = target.num_classes
-        self.train = target.train
-        self.test = _first(target.test, num=max_test)
+        self.train = alter(target.train)
+        self.test = alter(_first(target.test, num=max_test))
         self.sources = {Path(s.reference).name: s for s in plan.sources}
         self._backbone = build_backbone(config, base=plan.base)
         load_weights(self._backbone, checkpoint=plan.base, base=plan.base)
@@ -75,10 +79,15 @@ class Problem:
         }
 
     @property
+    def parameters(self) -> dict[str, Parameter]:
+        """What is merged and features depend on, by name in the module."""
+        named = {self._backbone.module_name(p.id): p for p in self.plan.parameters}
+        return {n: p for n, p in named.items() if n in self.base and not n.startswith("pooler.")}
+
+    @property
     def matrices(self) -> list[str]:
         """Names in the module of the matrices that are decomposed and that features depend on."""
-        named = (self._backbone.module_name(p.id) for p in self.plan.parameters)
-        return [n for n in named if n in self.base and not n.startswith("pooler.")]
+        return [n for n, p in self.parameters.items() if p.action is Action.DECOMPOSE]
 
     def drawn(self, *, per_class: int | None, seed: int) -> list[int]:
         """Rows of a few-shot draw, or all."""
@@ -148,6 +157,12 @@ class Problem:
                 if bool(value.any()):
                     found[own] = value
         return found
+
+    def components(self, source: str, matrix: str, *, stop: int | None = None) -> RankOneComponents:
+        """A source's stored components of a matrix, the leading `stop` or all."""
+        parameter = self.parameters[matrix]
+        stored = committed(self.plan.store, self.plan.base_key, self.sources[source].revision)
+        return stored.read(parameter.id, range(parameter.rank if stop is None else stop))
 
     def mixed(self, weights: Mapping[str, float]) -> Weights:
         """Base plus weighted whole differences."""
