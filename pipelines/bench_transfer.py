@@ -7,12 +7,13 @@ MODELS holds Hugging Face models: `base` and one folder per source, named after 
 trained on (`sst2`, `clinc150-domain-travel`, `banking77-labels-0-14`). Every finished cell is kept
 in OUT: the same command again goes on where it stopped, `--report` prints the tables alone.
 
-`--entrants` takes names and groups by commas: untrained (the default), trained, ablations, singles,
+`--entrants` takes names and groups by commas without a space: untrained (the default), trained, ablations, singles,
 robust. `--alter KIND` damages sources or texts, `--num-sources N` takes some of the sources; their
 cells count as a target of their own, `mr+pruned` or `mr@4`. `--plot FILE.png` draws all cells.
 """
 
 import argparse
+import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -131,6 +132,7 @@ def problem_for(target: str, args: argparse.Namespace) -> Problem:
         cache=cache,
         max_test=args.max_test,
         threads=args.threads,
+        max_steps=args.max_steps,
         **({"alter": drop_tokens} if args.alter == DROPPED_TOKENS else {}),
     )
 
@@ -146,7 +148,7 @@ def entrants_of(problem: Problem, wanted: str) -> dict[str, Entrant]:
         "singles": singles,
         "robust": ROBUST,
     }
-    names = wanted.split(",") if wanted else ["robust" if set("@+") & set(problem.name) else
+    names = re.split(",(?! )", wanted) if wanted else ["robust" if set("@+") & set(problem.name) else
         "untrained"]  # fmt: skip
     if not wanted and problem.name in SEVERAL:
         names.append("singles")
@@ -256,13 +258,14 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--targets", default="mr,cr,stance_feminist,trec,clinc150,banking77")
-    parser.add_argument("--per-class", default="8,32", help="0: all training rows")
+    parser.add_argument("--per-class", default="8,32", help="0: all training rows, 3,000 at most")
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--first-draw", type=int, default=0)
-    parser.add_argument("--entrants", default="", help="names or groups, by commas")
+    parser.add_argument("--entrants", default="", help="names or groups, by `,` without a space")
     parser.add_argument("--alter", default="", choices=("", *KINDS), help="damage done")
     parser.add_argument("--num-sources", type=int, default=0, help="at most; 0: all")
     parser.add_argument("--max-test", type=int, default=500)
+    parser.add_argument("--max-steps", type=int, help="of training, in place of the entrants' own")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print the tables and stop")
     parser.add_argument("--plot", type=Path, help="file of the figure; from the cells alone")

@@ -11,6 +11,8 @@ from svdmerge.comparison.cells import Cell, means, plain
 # Sources other than those of the number-of-sources plot would make it a plot of them.
 BY_SOURCES = ("ridge probe", "best single source", "AXIS untuned", "average", "svdmerge")
 
+MARKERS = "os^Dv"
+
 
 def by_trained(cells: Sequence[Cell]) -> dict[str, tuple[int, float]]:
     """By entrant the values it trains and its mean accuracy in per cent, on targets as they are.
@@ -54,7 +56,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     """Write the figure."""
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=(13, 5.5), layout="constrained")
+    figure: Any = Figure(figsize=(14, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_trained(left, by_trained(cells))
     _draw_sources(right, by_sources(cells))
@@ -62,14 +64,17 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
 
 
 def _draw_trained(axes: Any, points: Mapping[str, tuple[int, float]]) -> None:
-    for entrant, (trained, accuracy) in points.items():
-        # No zero on a logarithm: what trains nothing stands at one.
-        axes.plot(max(1, trained), accuracy, "o", markersize=4)
-        axes.annotate(entrant, (max(1, trained), accuracy), fontsize=6)
+    ranked = sorted(points.items(), key=lambda item: -item[1][1])
+    for number, (entrant, (trained, accuracy)) in enumerate(ranked):
+        # No zero on a logarithm: what trains nothing stands at one. Colours come ten, then again.
+        mark = MARKERS[number // 10 % len(MARKERS)]
+        axes.plot(max(1, trained), accuracy, mark, markersize=5, label=entrant)
     axes.set(
         xscale="log", xlabel="trained values without head (1: none)",
         ylabel="mean test accuracy, %", title="accuracy against trained values",
     )  # fmt: skip
+    if points:
+        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_sources(axes: Any, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:

@@ -28,6 +28,8 @@ from svdmerge.training.judge import subset
 
 Weights = Mapping[str, Tensor]
 CPU = torch.device("cpu")
+# Of the full-data regime: draws then differ in the rows, and a table takes hours, not days.
+MAX_DRAWN = 3000
 
 
 class _Pooled(nn.Module):
@@ -47,7 +49,8 @@ class Problem:
     """A target's examples and the sources it may use, all in memory.
 
     `plan` must be decomposed to its full rank; features are kept below `cache`, by model and row.
-    `alter` damages the examples, for tests of robustness.
+    `max_steps` takes the place of the trained entrants' own. `alter` damages the examples, for
+    tests of robustness.
     """
 
     def __init__(
@@ -59,10 +62,12 @@ class Problem:
         cache: Path,
         max_test: int,
         threads: int,
+        max_steps: int | None = None,
         alter: Callable[[Examples], Examples] = lambda examples: examples,
     ) -> None:
         torch.set_num_threads(threads)
         self.name, self.plan, self.cache = name, plan, cache
+        self.max_steps = max_steps
         target = load_target(config, base=plan.base)
         self.num_classes = target.num_classes
         self.train = alter(target.train)
@@ -90,8 +95,12 @@ class Problem:
         return [n for n, p in self.parameters.items() if p.action is Action.DECOMPOSE]
 
     def drawn(self, *, per_class: int | None, seed: int) -> list[int]:
-        """Rows of a few-shot draw, or all."""
-        return draw(self.train.labels.numpy(), per_class=per_class, seed=seed)
+        """Rows of a few-shot draw; without `per_class` all, or `MAX_DRAWN` by hash."""
+        rows = draw(self.train.labels.numpy(), per_class=per_class, seed=seed)
+        if per_class is not None:
+            return rows
+        ranked = sorted(rows, key=lambda row: hashlib.sha256(f"all {seed} {row}".encode()).digest())
+        return sorted(ranked[:MAX_DRAWN])
 
     def features(
         self, key: str, weights: Callable[[], Weights], *, part: str, rows: Sequence[int]
