@@ -7,9 +7,10 @@ MODELS holds Hugging Face models: `base` and one folder per source, named after 
 trained on (`sst2`, `clinc150-domain-travel`, `banking77-labels-0-14`). Every finished cell is kept
 in OUT: the same command again goes on where it stopped, `--report` prints the tables alone.
 
-`--entrants` takes names and groups by commas without a space: untrained (the default), trained, ablations, singles,
-robust. `--alter KIND` damages sources or texts, `--num-sources N` takes some of the sources; their
-cells count as a target of their own, `mr+pruned` or `mr@4`. `--plot FILE.png` draws all cells.
+`--entrants` takes names and groups by commas without a space: untrained (the default), trained,
+ablations, singles, robust. `--alter KIND` damages sources or texts, `--num-sources N` takes some of
+the sources; their cells count as a target of their own, `mr+pruned` or `mr@4`. `--plot FILE.png`
+draws all cells.
 """
 
 import argparse
@@ -95,19 +96,29 @@ def labelled(target: str, args: argparse.Namespace) -> str:
     )  # fmt: skip
 
 
+def altered(target: str, sources: list[Path], args: argparse.Namespace) -> list[Path]:
+    """The sources as the options ask for them: fewer, or some of them damaged."""
+    if args.num_sources:
+        sources = fewer(sources, num=args.num_sources, target=target)
+    if not args.alter or args.alter == DROPPED_TOKENS:
+        return sources
+    found = altered_sources(
+        args.alter,
+        base=args.models / "base",
+        sources=sources,
+        target=target,
+        out=args.out / "altered",
+    )
+    damaged = sorted(p.name for p in set(found) - set(sources))
+    print(f"{labelled(target, args)}: damaged {', '.join(damaged)}")
+    return found
+
+
 def problem_for(target: str, args: argparse.Namespace) -> Problem:
     """A target with its sources, decomposed to their full rank."""
     sources = sources_for(target, args.models)
     train, test = clean(target, args.data, sources, args.out / "clean")
-    label = labelled(target, args)
-    if args.num_sources:
-        sources = fewer(sources, num=args.num_sources, target=target)
-    if args.alter and args.alter != DROPPED_TOKENS:
-        given, folder = set(sources), args.out / "altered"
-        sources = altered_sources(
-            args.alter, base=args.models / "base", sources=sources, target=target, out=folder
-        )
-        print(f"{label}: damaged {', '.join(sorted(p.name for p in set(sources) - given))}")
+    sources = altered(target, sources, args)
     recipe: Recipe = parse_recipe(
         {
             "base_model": str(args.models / "base"),
@@ -126,7 +137,7 @@ def problem_for(target: str, args: argparse.Namespace) -> Problem:
     cache = args.out / "features"
     cache.mkdir(parents=True, exist_ok=True)
     return Problem(
-        label,
+        labelled(target, args),
         prepare(recipe, address="none"),
         config,
         cache=cache,
@@ -148,8 +159,8 @@ def entrants_of(problem: Problem, wanted: str) -> dict[str, Entrant]:
         "singles": singles,
         "robust": ROBUST,
     }
-    names = re.split(",(?! )", wanted) if wanted else ["robust" if set("@+") & set(problem.name) else
-        "untrained"]  # fmt: skip
+    usual = "robust" if set("@+") & set(problem.name) else "untrained"
+    names = re.split(",(?! )", wanted or usual)
     if not wanted and problem.name in SEVERAL:
         names.append("singles")
     found = dict.fromkeys(entrant for name in names for entrant in groups.get(name, (name,)))
