@@ -61,6 +61,8 @@ def fitted(
     *, contrastive: bool,
 ) -> Result:  # fmt: skip
     """The space trained, a head in closed form on its features."""
+    if problem.max_steps is not None:
+        settings = replace(settings, max_steps=problem.max_steps)
     labels = problem.labels(rows)
     objective: Objective
     if contrastive:

@@ -129,7 +129,7 @@ def truncated(problem: Problem, name: str) -> Weights:
 
 def axis(problem: Problem, rows: list[int]) -> Result:
     """AXIS of all sources as published, untuned."""
-    return model(problem, rows, *axis_model(K)(problem), sources=sorted(problem.sources))
+    return model(problem, rows, *axis_model(problem), sources=sorted(problem.sources))
 
 
 def average(problem: Problem, rows: list[int]) -> Result:
@@ -227,14 +227,12 @@ def mixed(problem: Problem, weights: Mapping[str, float]) -> tuple[str, Callable
     return f"mixed {key}", lambda: problem.mixed(weights)
 
 
-def axis_model(k: float) -> Callable[[Problem], tuple[str, Callable[[], Weights]]]:
+def axis_model(
+    problem: Problem, *, k: float = K, strength: float = 1.0
+) -> tuple[str, Callable[[], Weights]]:
     """AXIS of all sources at a share of the rank."""
-
-    def made(problem: Problem) -> tuple[str, Callable[[], Weights]]:
-        key = ", ".join(sorted(s.revision for s in problem.sources.values()))
-        return f"axis {k:g}: {key}", lambda: problem.axis(k=k)
-
-    return made
+    key = ", ".join(sorted(s.revision for s in problem.sources.values()))
+    return f"axis {k:g} at {strength:g}: {key}", lambda: problem.axis(k=k, strength=strength)
 
 
 def mix_model(problem: Problem, mix: Mix) -> tuple[str, Callable[[], Weights]]:
