@@ -142,3 +142,9 @@ def altered_pairs(cells: Sequence[Cell]) -> dict[tuple[str, str], Paired]:
         if difference := paired(both, entrant=f"{entrant} {kind}", other=entrant):
             found[kind, entrant] = difference
     return found
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's correlation of two lists without ties."""
+    ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

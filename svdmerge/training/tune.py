@@ -183,12 +183,17 @@ class _Tuning:
         if not self.job.parameters:
             return untrained(head), False
         epochs = self.config.epochs
-        return fit(
+        state, resumed = fit(
             self.job,
             examples=self.target.train,
             use_ray=use_ray,
             on_epoch=lambda epoch: self.on_progress("tune", epoch, epochs),
         )
+        if state["best"] and state["best"]["epoch"] == 0:
+            # Nothing was held out for the sake of training then: the head may know all examples.
+            whole = self.features.train(self.merged).values
+            state = state | {"head": self.objective.start(whole, self.target.train)}
+        return state, resumed
 
     def _row(self, name: str, probe: Probe) -> Row:
         test = self.features.test(probe.model)
