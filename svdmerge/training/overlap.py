@@ -32,20 +32,23 @@ class OverlapUnit:
     parameters: tuple[Parameter, ...]
 
 
-def overlaps(unit: OverlapUnit) -> list[list[float]]:
-    """Sums over the unit's matrices of every pair's overlap, left and right spans alike (N x N)."""
+def overlaps(unit: OverlapUnit) -> tuple[list[list[float]], list[list[float]]]:
+    """Sums over the unit's matrices of every pair's overlap, left and right spans alike (N x N),
+    and of how many matrices: a matrix that both left as it was tells nothing of them."""
     size = len(unit.revisions)
-    total = torch.zeros(size, size, dtype=torch.float64)
+    total, count = torch.zeros(2, size, size, dtype=torch.float64)
     for parameter in unit.parameters:
         if parameter.action is Action.DECOMPOSE:
             spans = [_spans(unit, revision, parameter) for revision in unit.revisions]
             total += _pairs(spans)
-    return total.tolist()
+            changed = torch.tensor([u.shape[1] > 0 for u, _ in spans])
+            count += changed[:, None] | changed
+    return total.tolist(), count.tolist()
 
 
 def _spans(unit: OverlapUnit, revision: str, parameter: Parameter) -> tuple[Tensor, Tensor]:
     source = committed(unit.store, unit.base_key, revision)
-    width = min(WIDTH, source.depth(parameter.id))
+    width = min(WIDTH, source.held(parameter.id))
     if width == 0:
         return torch.zeros(parameter.m, 0), torch.zeros(parameter.n, 0)
     c = source.read(parameter.id, range(width))
