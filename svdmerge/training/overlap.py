@@ -14,6 +14,9 @@ from svdmerge.training.blend import committed
 # Leading directions compared: half a stored block, enough to tell a copy, which agrees in all of
 # them, from a relative, which agrees in the first few.
 WIDTH = 8
+# Of the first singular value, the least that counts: below it a change of low rank, as an adapter's,
+# is what rounding to the weights' dtype left, and no two sources share that.
+LEAST = 0.1
 # Mean squared cosine from which two sources count as near-duplicates. Random spans of width 8 have
 # 0.02 at 384 columns; a copy trained a little further stays near 1.
 DUPLICATE = 0.8
@@ -52,7 +55,8 @@ def _spans(unit: OverlapUnit, revision: str, parameter: Parameter) -> tuple[Tens
     if width == 0:
         return torch.zeros(parameter.m, 0), torch.zeros(parameter.n, 0)
     c = source.read(parameter.id, range(width))
-    return c.u, c.vh.T
+    width = int((c.s >= LEAST * c.s[0]).sum())
+    return c.u[:, :width], c.vh[:width].T
 
 
 def _pairs(spans: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
