@@ -14,8 +14,8 @@ from svdmerge.training.blend import committed
 # Leading directions compared: half a stored block, enough to tell a copy, which agrees in all of
 # them, from a relative, which agrees in the first few.
 WIDTH = 8
-# Of the first singular value, the least that counts: below it a change of low rank, as an adapter's,
-# is what rounding to the weights' dtype left, and no two sources share that.
+# Of the first singular value, the least that counts: below it a change of low rank, as that of an
+# adapter, is what rounding to the weights' dtype left, and no two sources share that.
 LEAST = 0.1
 # Mean squared cosine from which two sources count as near-duplicates. Random spans of width 8 have
 # 0.02 at 384 columns; a copy trained a little further stays near 1.
