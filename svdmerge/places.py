@@ -1,9 +1,11 @@
 """Places of a run that must not overlap: outputs are replaced whole, inputs and stores never."""
 
+import os
 from collections.abc import Iterator
 
 from svdmerge.engine.plan import Plan
 from svdmerge.errors import RecipeError
+from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.storage.filesystem import Folder
 
 # What a store holds below its root.
@@ -12,8 +14,9 @@ STORE_FOLDERS = ("components", "commits", "runs", "rank", "releases")
 
 def check_places(plan: Plan) -> None:
     """Raise RecipeError if an output would replace, or lie inside, what the run needs."""
+    merged, tuned = Folder.at(plan.recipe.out), list(_tuned(plan.recipe))
     inputs = list(_inputs(plan))
-    for key, out in _outputs(plan):
+    for key, out in [("out", merged), *tuned]:
         for what, place in inputs:
             if _contains(out, place):
                 raise RecipeError(
@@ -25,12 +28,13 @@ def check_places(plan: Plan) -> None:
             raise RecipeError(
                 f"{key}: {out.uri} lies among the store's own folders", "", f"Give another `{key}`."
             )
-
-
-def _outputs(plan: Plan) -> Iterator[tuple[str, Folder]]:
-    yield "out", Folder.at(plan.recipe.out)
-    if plan.recipe.tune is not None and plan.recipe.tune.out is not None:
-        yield "tune.out", Folder.at(plan.recipe.tune.out)
+    for key, out in tuned:
+        if _contains(out, merged) or _contains(merged, out):
+            raise RecipeError(
+                f"{key}: {out.uri} and `out` lie in each other",
+                "Each is replaced whole: the other would be lost.",
+                f"Give another `{key}`.",
+            )
 
 
 def _inputs(plan: Plan) -> Iterator[tuple[str, Folder]]:
@@ -38,22 +42,34 @@ def _inputs(plan: Plan) -> Iterator[tuple[str, Folder]]:
     yield "base_model", plan.base.folder
     for source in plan.sources:
         yield f"the source {source.reference}", source.checkpoint.folder
-    if (tune := plan.recipe.tune) is not None:
-        yield from ((f"tune.{k}", Folder.at(v)) for k, v in _examples(tune.train, tune.test))
-        if tune.out is not None and _contains(Folder.at(tune.out), Folder.at(plan.recipe.out)):
-            raise RecipeError(
-                f"tune.out: {tune.out} is, or holds, `out`",
-                "The merged model would be lost.",
-                "Give another `tune.out`.",
-            )
+    for _, config in _targets(plan.recipe):
+        yield "tune.train", Folder.at(config.train)
+        yield "tune.test", Folder.at(config.test)
 
 
-def _examples(train: str, test: str) -> Iterator[tuple[str, str]]:
-    if train:
-        yield "train", train
-    if test:
-        yield "test", test
+def _tuned(recipe: Recipe) -> Iterator[tuple[str, Folder]]:
+    """Where tuned models go, by default too."""
+    from svdmerge.training.targets import default_out
+
+    for name, config in _targets(recipe):
+        yield "tune.out", Folder.at(config.out or f"{default_out(recipe)}/{name}")
+
+
+def _targets(recipe: Recipe) -> list[tuple[str, TuneConfig]]:
+    """Every target's name, none for a single one, and its settings."""
+    if recipe.tune is None:
+        return []
+    many = [(target.name, recipe.tune.of(target)) for target in recipe.tune.targets]
+    return many or [("", recipe.tune)]
 
 
 def _contains(outer: Folder, inner: Folder) -> bool:
-    return inner.uri == outer.uri or inner.uri.startswith(f"{outer.uri}/")
+    """Whether a folder is another, or holds it, however both are written."""
+    (kind, above), (other, below) = _resolved(outer), _resolved(inner)
+    return kind == other and (below == above or below.startswith(f"{above}/"))
+
+
+def _resolved(folder: Folder) -> tuple[str, str]:
+    if folder.is_local:
+        return "file", os.path.realpath(folder.path())  # file:// and links lead to the same place
+    return folder.uri.split("://", 1)[0], folder.path()

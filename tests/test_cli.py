@@ -268,7 +268,14 @@ def test_store_ls_lists_each_source_once(bench: Bench) -> None:
 
 
 def test_store_ls_of_nothing_is_empty(tmp_path: Path) -> None:
-    assert result("store", "ls", tmp_path / "none") == []
+    assert result("store", "ls", tmp_path) == []
+
+
+@pytest.mark.parametrize("work", ["ls", "verify", "gc"])
+def test_a_store_that_does_not_exist_is_told(tmp_path: Path, work: str) -> None:
+    done = svdmerge("store", work, tmp_path / "none")
+    assert done.exit_code == 2
+    assert f"{tmp_path / 'none'}: does not exist" in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])

@@ -118,12 +118,13 @@ def publish(staged: Folder, out: Folder, *, manifest: Manifest) -> None:
     """Write the manifest and put the staged folder in the output's place, the old one replaced.
 
     Raises:
-        OutputError: the place cannot be taken.
+        OutputError: the place cannot be taken, or holds something else by now.
     """
+    if staged == out:
+        staged.put(MANIFEST, manifest.to_json())
+        return
     check_ours(out)  # once more: a user may have put files there meanwhile
     staged.put(MANIFEST, manifest.to_json())
-    if staged == out:
-        return
     target, old = Path(out.path()), Folder(f"{staged.uri}.old")
     try:
         if target.exists():

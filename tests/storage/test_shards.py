@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from svdmerge.core.components import RankOneComponents, none
 from svdmerge.core.svd import exact
-from svdmerge.errors import StoreError
+from svdmerge.errors import ContentError, StoreError
 from svdmerge.storage import schema
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.layout import BLOCK
@@ -124,11 +124,22 @@ def test_float64_is_stored_as_its_nearest_float32(folder: Folder) -> None:
 
 
 def test_odd_numbers_are_stored_as_they_are(folder: Folder) -> None:
-    odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
+    odd = torch.tensor([torch.finfo(torch.float32).max, -0.0, 1e-45, -1.0])
     c = RankOneComponents(u=odd[None].repeat(2, 1), s=odd, vh=odd[:, None].repeat(1, 3))
     blocks = stored(folder, Rows(parameter="a", kind="svd", first=0, components=c))
     ((_, got),) = read_blocks(folder, "shard.arrow", blocks)
     assert same_bits(got, c)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
+@pytest.mark.parametrize("part", ["u", "s", "vh"])
+def test_what_is_not_finite_in_float32_is_refused_with_its_matrix(part: str, value: float) -> None:
+    found = {n: torch.ones(s, dtype=torch.float64) for n, s in (("u", (2, 1)), ("vh", (1, 3)))}
+    found["s"] = torch.ones(1, dtype=torch.float64)
+    found[part].reshape(-1)[0] = value
+    row = Rows(parameter="a.weight", kind="svd", first=0, components=RankOneComponents(**found))
+    with pytest.raises(ContentError, match=r"a\.weight: a component is not finite"):
+        encode([row])
 
 
 def test_a_matrix_of_no_components_leaves_no_block() -> None:
