@@ -6,21 +6,44 @@
 MODELS holds Hugging Face models: `base` and one folder per source, named after the dataset it was
 trained on (`sst2`, `clinc150-domain-travel`, `banking77-labels-0-14`). Every finished cell is kept
 in OUT: the same command again goes on where it stopped, `--report` prints the tables alone.
+
+`--entrants` takes names and groups by commas without a space: untrained (the default), trained,
+ablations, singles, robust. `--alter KIND` damages sources or texts, `--num-sources N` takes some of
+the sources; their cells count as a target of their own, `mr+pruned` or `mr@4`. `--plot FILE.png`
+draws all cells.
 """
 
 import argparse
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transfer_data import normalised
 
-from svdmerge.comparison.cells import Cell, Cells, means, paired
+from svdmerge.comparison.ablations import ABLATIONS
+from svdmerge.comparison.cells import (
+    Cell,
+    Cells,
+    Paired,
+    altered_pairs,
+    best_single,
+    means,
+    paired,
+    plain,
+)
 from svdmerge.comparison.problem import Problem
+from svdmerge.comparison.robustness import (
+    DROPPED_TOKENS,
+    KINDS,
+    altered_sources,
+    drop_tokens,
+    fewer,
+)
 from svdmerge.comparison.trained import TRAINED
-from svdmerge.comparison.untrained import UNTRAINED, single
+from svdmerge.comparison.untrained import UNTRAINED, Entrant, single
 from svdmerge.recipe import Recipe, TuneConfig, parse_recipe
 from svdmerge.workflow import prepare, run_stage
 
@@ -31,6 +54,8 @@ PARTS = "banking77-labels"
 # Targets that no single source suffices for: ours is compared with every one.
 SEVERAL = ("clinc150", "banking77")
 OURS = "svdmerge"
+# What is run on damaged sources, and on fewer of them.
+ROBUST = ("ridge probe", "best single source", "AXIS untuned", "average", OURS)
 
 
 def sources_for(target: str, models: Path) -> list[Path]:
@@ -64,10 +89,36 @@ def clean(target: str, data: Path, sources: Sequence[Path], out: Path) -> tuple[
     return paths[0], paths[1]
 
 
+def labelled(target: str, args: argparse.Namespace) -> str:
+    """What the target's cells are kept under: another name where its sources are others."""
+    return target + (f"@{args.num_sources}" if args.num_sources else "") + (
+        f"+{args.alter}" if args.alter else ""
+    )  # fmt: skip
+
+
+def altered(target: str, sources: list[Path], args: argparse.Namespace) -> list[Path]:
+    """The sources as the options ask for them: fewer, or some of them damaged."""
+    if args.num_sources:
+        sources = fewer(sources, num=args.num_sources, target=target)
+    if not args.alter or args.alter == DROPPED_TOKENS:
+        return sources
+    found = altered_sources(
+        args.alter,
+        base=args.models / "base",
+        sources=sources,
+        target=target,
+        out=args.out / "altered",
+    )
+    damaged = sorted(p.name for p in set(found) - set(sources))
+    print(f"{labelled(target, args)}: damaged {', '.join(damaged)}")
+    return found
+
+
 def problem_for(target: str, args: argparse.Namespace) -> Problem:
     """A target with its sources, decomposed to their full rank."""
     sources = sources_for(target, args.models)
     train, test = clean(target, args.data, sources, args.out / "clean")
+    sources = altered(target, sources, args)
     recipe: Recipe = parse_recipe(
         {
             "base_model": str(args.models / "base"),
@@ -86,30 +137,50 @@ def problem_for(target: str, args: argparse.Namespace) -> Problem:
     cache = args.out / "features"
     cache.mkdir(parents=True, exist_ok=True)
     return Problem(
-        target,
+        labelled(target, args),
         prepare(recipe, address="none"),
         config,
         cache=cache,
         max_test=args.max_test,
         threads=args.threads,
+        max_steps=args.max_steps,
+        **({"alter": drop_tokens} if args.alter == DROPPED_TOKENS else {}),
     )
+
+
+def entrants_of(problem: Problem, wanted: str) -> dict[str, Entrant]:
+    """The entrants asked for by name or group, for a target."""
+    singles = {f"source {n}": single(n) for n in sorted(problem.sources)}
+    every = UNTRAINED | TRAINED | ABLATIONS | singles
+    groups: dict[str, Iterable[str]] = {
+        "untrained": UNTRAINED,
+        "trained": TRAINED,
+        "ablations": ABLATIONS,
+        "singles": singles,
+        "robust": ROBUST,
+    }
+    usual = "robust" if set("@+") & set(problem.name) else "untrained"
+    names = re.split(",(?! )", wanted or usual)
+    if not wanted and problem.name in SEVERAL:
+        names.append("singles")
+    found = dict.fromkeys(entrant for name in names for entrant in groups.get(name, (name,)))
+    if unknown := sorted(set(found) - set(every)):
+        raise SystemExit(f"No entrant or group {unknown[0]!r}. There are: {', '.join(every)}.")
+    return {name: every[name] for name in found}
 
 
 def measure(problem: Problem, cells: Cells, args: argparse.Namespace) -> None:
     """Every cell of a target that is not there yet."""
-    entrants = UNTRAINED | TRAINED | {f"source {n}": single(n) for n in sorted(problem.sources)}
-    names = args.entrants.split(",") if args.entrants else list(UNTRAINED)
-    if not args.entrants and problem.name in SEVERAL:
-        names += [name for name in entrants if name.startswith("source ")]
+    entrants = entrants_of(problem, args.entrants)
     for per_class in map(int, args.per_class.split(",")):
         for draw in range(args.first_draw, args.draws):
             rows = problem.drawn(per_class=per_class or None, seed=draw)
-            for name in names:
+            for name, entrant in entrants.items():
                 path = cells.path(target=problem.name, per_class=per_class, draw=draw, entrant=name)
                 if path.exists():
                     continue
                 start = time.perf_counter()
-                found = entrants[name](problem, rows)
+                found = entrant(problem, rows)
                 cell = Cell(
                     target=problem.name,
                     per_class=per_class,
@@ -132,7 +203,7 @@ def measure(problem: Problem, cells: Cells, args: argparse.Namespace) -> None:
 
 
 def report(cells: Sequence[Cell]) -> None:
-    """The tables: means by target, and paired differences to ours."""
+    """The tables: means by target, paired differences to ours, and what damage costs."""
     table = means(cells)
     groups = sorted(table)
     entrants = list(dict.fromkeys(c.entrant for c in cells))
@@ -142,6 +213,13 @@ def report(cells: Sequence[Cell]) -> None:
         values = (f"{table[g][entrant]:.1f}" if entrant in table[g] else "" for g in groups)
         trained = max(c.trained for c in cells if c.entrant == entrant)
         print(f"| {entrant} |" + "".join(f" {v} |" for v in values) + f" {trained} |")
+    _report_differences(plain(cells), entrants=entrants)
+    _report_several(cells)
+    _report_altered(cells)
+
+
+def _report_differences(cells: Sequence[Cell], *, entrants: Sequence[str]) -> None:
+    groups = sorted({(c.target, c.per_class) for c in cells})
     print(f"\n{OURS} minus, in points, 95 % interval over draws:\n")
     print("| entrant |" + "".join(f" {t} {s or 'all'} |" for t, s in groups) + " pooled |")
     print("|---|" + "---|" * (len(groups) + 1))
@@ -150,8 +228,36 @@ def report(cells: Sequence[Cell]) -> None:
             continue
         parts = [[c for c in cells if (c.target, c.per_class) == g] for g in groups]
         found = [paired(p, entrant=OURS, other=entrant) for p in [*parts, cells]]
-        text = (f"{x.mean:+.1f} ({x.low:+.1f}..{x.high:+.1f})" if x else "" for x in found)
-        print(f"| {entrant} |" + "".join(f" {v} |" for v in text))
+        print(f"| {entrant} |" + "".join(f" {_interval(x)} |" for x in found))
+
+
+def _report_several(cells: Sequence[Cell]) -> None:
+    """Ours against the single source that is best by mean test accuracy: an oracle's pick."""
+    for target, per_class in sorted(means(cells)):
+        part = [c for c in cells if (c.target, c.per_class) == (target, per_class)]
+        best = best_single(part) if target in SEVERAL else None
+        if best and (found := paired(part, entrant=OURS, other=best)):
+            print(
+                f"\n{target} {per_class or 'all'}: {OURS} minus the best of all single sources "
+                f"({best}, picked on test): {_interval(found)}, {found.num_draws} draws"
+            )
+
+
+def _report_altered(cells: Sequence[Cell]) -> None:
+    pairs = altered_pairs(cells)
+    kinds = sorted({kind for kind, _ in pairs})
+    if not kinds:
+        return
+    print("\nDamaged or fewer sources minus as they are, in points, pooled over targets:\n")
+    print("| entrant |" + "".join(f" {kind} |" for kind in kinds))
+    print("|---|" + "---|" * len(kinds))
+    for entrant in dict.fromkeys(entrant for _, entrant in pairs):
+        found = (pairs.get((kind, entrant)) for kind in kinds)
+        print(f"| {entrant} |" + "".join(f" {_interval(x)} |" for x in found))
+
+
+def _interval(x: Paired | None) -> str:
+    return f"{x.mean:+.1f} ({x.low:+.1f}..{x.high:+.1f})" if x else ""
 
 
 def main() -> None:
@@ -163,15 +269,24 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--targets", default="mr,cr,stance_feminist,trec,clinc150,banking77")
-    parser.add_argument("--per-class", default="8,32", help="0: all training rows")
+    parser.add_argument("--per-class", default="8,32", help="0: all training rows, 3,000 at most")
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--first-draw", type=int, default=0)
-    parser.add_argument("--entrants", default="", help="by commas; the untrained ones by default")
+    parser.add_argument("--entrants", default="", help="names or groups, by `,` without a space")
+    parser.add_argument("--alter", default="", choices=("", *KINDS), help="damage done")
+    parser.add_argument("--num-sources", type=int, default=0, help="at most; 0: all")
     parser.add_argument("--max-test", type=int, default=500)
+    parser.add_argument("--max-steps", type=int, help="of training, in place of the entrants' own")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print the tables and stop")
+    parser.add_argument("--plot", type=Path, help="file of the figure; from the cells alone")
     args = parser.parse_args()
     cells = Cells(args.out / "cells")
+    if args.plot:
+        from svdmerge.comparison.plots import draw  # matplotlib is an extra
+
+        draw(cells.all(), args.plot)
+        return
     if not args.report:
         for target in args.targets.split(","):
             measure(problem_for(target, args), cells, args)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from svdmerge.core.transfer import ridge
+from svdmerge.core.discriminant import discriminant
 from svdmerge.demo_models import (
     Training,
     build,
@@ -266,14 +266,14 @@ def _measure(
 
 
 def probe(folder: str, *, name: str, data: Path) -> DemoRow:
-    """Accuracy of a frozen model on the target: a ridge head on its features, as in tuning."""
+    """Accuracy of a frozen model on the target by a head in closed form, as in tuning."""
     start = time.perf_counter()
     model = load_model(folder)
     images, digits = read_examples(data / "target.parquet")
     test_images, test_digits = read_examples(data / "test.parquet")
     with torch.no_grad():
         features, test_features = model(images), model(test_images)
-    head = ridge(features, labels=digits, num_classes=NUM_CLASSES).head
+    head = discriminant(features, labels=digits, num_classes=NUM_CLASSES).head
     return DemoRow(
         name=name,
         accuracy=head.accuracy(test_features, labels=test_digits),

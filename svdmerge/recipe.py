@@ -261,6 +261,11 @@ class TuneConfig(Section):
         return self
 
 
+# Of the examples, where they choose everything: a quarter tells a clear gain from none, and what is
+# left still trains.
+HELD_OUT = 0.25
+
+
 class Recipe(Section):
     """A merge, whole."""
 
@@ -292,6 +297,18 @@ class Recipe(Section):
         published = {"k": method.k, "density": method.density}
         own = {name: published[name] for name in published.keys() & method.parameters}
         return raw | {"parameters": own | given}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evidence_chooses_capacity(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """Where the examples choose the merge they also choose whether to tune: a part is held out,
+        and training keeps its best epoch, the zeroth included."""
+        given, tune = raw.get("parameters"), raw.get("tune")
+        if not isinstance(given, dict) or not isinstance(tune, dict):
+            return raw
+        if given.get("salience") != "target" and given.get("scale") != "auto":
+            return raw
+        return raw | {"tune": {"validation_share": HELD_OUT} | tune}
 
     @model_validator(mode="after")
     def _parameters_are_the_methods(self) -> "Recipe":

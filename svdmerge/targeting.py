@@ -247,7 +247,8 @@ class Targeting:
             for number, group in enumerate(plan.groups)
         ]
         parts = self._runtime.map(overlaps, units, stage="overlap", progress=self._progress)
-        mean = torch.tensor(parts, dtype=torch.float64).sum(dim=0) / len(matrices)
+        sums, counts = torch.tensor(parts, dtype=torch.float64).sum(dim=0)
+        mean = sums / counts.clamp(min=1.0)
         pairs = combinations(range(len(plan.sources)), 2)
         return [
             (plan.sources[i].reference, plan.sources[j].reference, float(mean[i, j]))

@@ -1,8 +1,9 @@
 """Results by target, shots, draw and entrant: kept as files, summed up with paired intervals."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,16 @@ class Cell:
     def key(self) -> tuple[str, int, int]:
         """What cells are paired by."""
         return self.target, self.per_class, self.draw
+
+    @property
+    def target_alone(self) -> str:
+        """The target without what its sources were altered by, `@4` or `+pruned`."""
+        return re.split("[@+]", self.target)[0]
+
+
+def plain(cells: Iterable[Cell]) -> list[Cell]:
+    """Those of targets with all their sources as they are."""
+    return [c for c in cells if c.target == c.target_alone]
 
 
 class Cells:
@@ -105,3 +116,35 @@ def means(cells: Sequence[Cell]) -> Mapping[tuple[str, int], Mapping[str, float]
         group: {e: float(np.mean(v)) for e, v in entrants.items()}
         for group, entrants in found.items()
     }
+
+
+def best_single(cells: Sequence[Cell]) -> str | None:
+    """The single source of highest mean accuracy on one target, known only after testing."""
+    found: dict[str, list[float]] = {}
+    for c in cells:
+        if c.entrant.startswith("source "):
+            found.setdefault(c.entrant, []).append(c.accuracy)
+    return max(sorted(found), key=lambda e: float(np.mean(found[e]))) if found else None
+
+
+def altered_pairs(cells: Sequence[Cell]) -> dict[tuple[str, str], Paired]:
+    """An entrant on altered targets minus itself on them as they are, by alteration and entrant."""
+    altered = [c for c in cells if c.target != c.target_alone]
+    kinds = dict.fromkeys((c.target[len(c.target_alone) :], c.entrant) for c in altered)
+    found: dict[tuple[str, str], Paired] = {}
+    for kind, entrant in kinds:
+        changed = [
+            replace(c, target=c.target_alone, entrant=f"{entrant} {kind}")
+            for c in altered
+            if c.entrant == entrant and c.target == c.target_alone + kind
+        ]
+        both = [*plain(cells), *changed]
+        if difference := paired(both, entrant=f"{entrant} {kind}", other=entrant):
+            found[kind, entrant] = difference
+    return found
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's correlation of two lists without ties."""
+    ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

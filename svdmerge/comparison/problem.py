@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from svdmerge.core.transfer import RidgeFit, ridge
+from svdmerge.core.components import RankOneComponents
+from svdmerge.core.discriminant import DiscriminantFit, discriminant
+from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import InProcess
 from svdmerge.progress import SILENT
@@ -19,13 +21,15 @@ from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import FLOATING
 from svdmerge.targeting import blend_of, gated
 from svdmerge.training.backbone import Inputs, build_backbone, lacking, load_weights
-from svdmerge.training.blend import differences
+from svdmerge.training.blend import committed, differences
 from svdmerge.training.data import Examples, draw, load_target
 from svdmerge.training.features import extract
 from svdmerge.training.judge import subset
 
 Weights = Mapping[str, Tensor]
 CPU = torch.device("cpu")
+# Of the full-data regime: draws then differ in the rows, and a table takes hours, not days.
+MAX_DRAWN = 3000
 
 
 class _Pooled(nn.Module):
@@ -45,6 +49,8 @@ class Problem:
     """A target's examples and the sources it may use, all in memory.
 
     `plan` must be decomposed to its full rank; features are kept below `cache`, by model and row.
+    `max_steps` takes the place of the trained entrants' own. `alter` damages the examples, for
+    tests of robustness.
     """
 
     def __init__(
@@ -56,13 +62,16 @@ class Problem:
         cache: Path,
         max_test: int,
         threads: int,
+        max_steps: int | None = None,
+        alter: Callable[[Examples], Examples] = lambda examples: examples,
     ) -> None:
         torch.set_num_threads(threads)
         self.name, self.plan, self.cache = name, plan, cache
+        self.max_steps = max_steps
         target = load_target(config, base=plan.base)
         self.num_classes = target.num_classes
-        self.train = target.train
-        self.test = _first(target.test, num=max_test)
+        self.train = alter(target.train)
+        self.test = alter(_first(target.test, num=max_test))
         self.sources = {Path(s.reference).name: s for s in plan.sources}
         self._backbone = build_backbone(config, base=plan.base)
         load_weights(self._backbone, checkpoint=plan.base, base=plan.base)
@@ -75,14 +84,23 @@ class Problem:
         }
 
     @property
+    def parameters(self) -> dict[str, Parameter]:
+        """What is merged and features depend on, by name in the module."""
+        named = {self._backbone.module_name(p.id): p for p in self.plan.parameters}
+        return {n: p for n, p in named.items() if n in self.base and not n.startswith("pooler.")}
+
+    @property
     def matrices(self) -> list[str]:
         """Names in the module of the matrices that are decomposed and that features depend on."""
-        named = (self._backbone.module_name(p.id) for p in self.plan.parameters)
-        return [n for n in named if n in self.base and not n.startswith("pooler.")]
+        return [n for n, p in self.parameters.items() if p.action is Action.DECOMPOSE]
 
     def drawn(self, *, per_class: int | None, seed: int) -> list[int]:
-        """Rows of a few-shot draw, or all."""
-        return draw(self.train.labels.numpy(), per_class=per_class, seed=seed)
+        """Rows of a few-shot draw; without `per_class` all, or `MAX_DRAWN` by hash."""
+        rows = draw(self.train.labels.numpy(), per_class=per_class, seed=seed)
+        if per_class is not None:
+            return rows
+        ranked = sorted(rows, key=lambda row: hashlib.sha256(f"all {seed} {row}".encode()).digest())
+        return sorted(ranked[:MAX_DRAWN])
 
     def features(
         self, key: str, weights: Callable[[], Weights], *, part: str, rows: Sequence[int]
@@ -100,20 +118,20 @@ class Problem:
         place = {row: i for i, row in enumerate(held["rows"].tolist())}
         return held["values"][[place[row] for row in rows]]
 
-    def fit(self, key: str, weights: Callable[[], Weights], rows: Sequence[int]) -> RidgeFit:
-        """The ridge head on a model's features of the drawn rows, with its held-out losses."""
+    def fit(self, key: str, weights: Callable[[], Weights], rows: Sequence[int]) -> DiscriminantFit:
+        """The head on a model's features of the drawn rows, with its held-out losses."""
         values = self.features(key, weights, part="train", rows=rows)
-        return self.ridge(values, rows)
+        return self.head(values, rows)
 
-    def ridge(self, values: Tensor, rows: Sequence[int]) -> RidgeFit:
-        """The ridge head on features of the drawn rows."""
-        return ridge(values, labels=self.labels(rows), num_classes=self.num_classes)
+    def head(self, values: Tensor, rows: Sequence[int]) -> DiscriminantFit:
+        """The head in closed form on features of the drawn rows."""
+        return discriminant(values, labels=self.labels(rows), num_classes=self.num_classes)
 
     def labels(self, rows: Sequence[int]) -> Tensor:
         """Of drawn rows."""
         return self.train.labels[list(rows)]
 
-    def hits(self, key: str, weights: Callable[[], Weights], fit: RidgeFit) -> Tensor:
+    def hits(self, key: str, weights: Callable[[], Weights], fit: DiscriminantFit) -> Tensor:
         """Whether each test example is classified rightly (bool)."""
         rows = list(range(len(self.test)))
         values = self.features(key, weights, part="test", rows=rows)
@@ -149,6 +167,12 @@ class Problem:
                     found[own] = value
         return found
 
+    def components(self, source: str, matrix: str, *, stop: int | None = None) -> RankOneComponents:
+        """A source's stored components of a matrix, the leading `stop` or all."""
+        parameter = self.parameters[matrix]
+        stored = committed(self.plan.store, self.plan.base_key, self.sources[source].revision)
+        return stored.read(parameter.id, range(parameter.rank if stop is None else stop))
+
     def mixed(self, weights: Mapping[str, float]) -> Weights:
         """Base plus weighted whole differences."""
         found: dict[str, Tensor] = {}
@@ -167,11 +191,15 @@ class Problem:
         revisions = {self.sources[name].revision: share for name, share in shares}
         return self._merged(gated(self.plan, revisions, total=1.0))
 
-    def axis(self, *, k: float) -> Weights:
-        """Base plus AXIS of all sources as published."""
+    def axis(self, *, k: float, strength: float = 1.0) -> Weights:
+        """Base plus AXIS of all sources; at strength 1 as published."""
+        return self._changed(self._axis(k), strength=strength)
+
+    @lru_cache(maxsize=2)  # noqa: B019  asked for at all strengths, then the next
+    def _axis(self, k: float) -> dict[str, Tensor]:
         parameters = self.plan.recipe.parameters.model_copy(update={"k": k})
         recipe = self.plan.recipe.model_copy(update={"parameters": parameters})
-        return self._changed(self._merged(replace(self.plan, recipe=recipe)), strength=1.0)
+        return self._merged(replace(self.plan, recipe=recipe))
 
     def _merged(self, plan: Plan) -> dict[str, Tensor]:
         blend = blend_of(plan, attempt="comparison", runtime=InProcess(), progress=SILENT)

@@ -19,7 +19,7 @@ from svdmerge.comparison.untrained import (
 from svdmerge.core.components import RankOneComponents
 from svdmerge.core.params import budget
 from svdmerge.core.svd import exact
-from svdmerge.core.transfer import LinearHead, sharpness
+from svdmerge.core.transfer import LinearHead
 from svdmerge.peers.atlas import PUBLISHED as ATLAS
 from svdmerge.peers.atlas import Atlas
 from svdmerge.peers.bolt import ALPHAS, bolt, bolt_bases
@@ -60,7 +60,9 @@ def fitted(
     problem: Problem, rows: list[int], space: WeightSpace, settings: TrainSettings,
     *, contrastive: bool,
 ) -> Result:  # fmt: skip
-    """The space trained, a ridge head on its features."""
+    """The space trained, a head in closed form on its features."""
+    if problem.max_steps is not None:
+        settings = replace(settings, max_steps=problem.max_steps)
     labels = problem.labels(rows)
     objective: Objective
     if contrastive:
@@ -69,18 +71,17 @@ def fitted(
         objective = Classification(labels, head=_head(problem, rows, space))
     features = partial(problem.features_under, train=rows)
     done = train(features, space=space, objective=objective, settings=settings)
-    fit = problem.ridge(problem.extracted(done.weights, part="train", rows=rows), rows)
+    fit = problem.head(problem.extracted(done.weights, part="train", rows=rows), rows)
     test = problem.extracted(done.weights, part="test", rows=range(len(problem.test)))
     hits = fit.head.scores(test).argmax(dim=1) == problem.test.labels
     return Result(hits=hits, trained=space.num_trained, steps=len(done.losses))
 
 
 def _head(problem: Problem, rows: list[int], space: WeightSpace) -> LinearHead:
-    """The calibrated ridge head of the space's start."""
+    """The calibrated head of the space's start."""
     with torch.no_grad():
         start = {name: weight.detach() for name, weight in space.weights().items()}
-    fit = problem.ridge(problem.extracted(start, part="train", rows=rows), rows)
-    return fit.head.sharpened(sharpness(fit.left_out, labels=problem.labels(rows)))
+    return problem.head(problem.extracted(start, part="train", rows=rows), rows).head
 
 
 def num_values(problem: Problem, share: float = K) -> int:
@@ -164,7 +165,7 @@ def bolt_space(problem: Problem, rows: list[int]) -> WeightSpace:
         values = problem.extracted(
             {n: w.detach() for n, w in weights.items()}, part="train", rows=rows
         )
-        return float(problem.ridge(values, rows).log_loss.mean())
+        return float(problem.head(values, rows).log_loss.mean())
 
     return bolt(problem.base, bases=bases, alpha=min(ALPHAS, key=loss))
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from svdmerge.comparison.problem import Problem, Weights
+from svdmerge.core.discriminant import DiscriminantFit
 from svdmerge.core.gate import Mix, gate
 from svdmerge.core.params import budget
 from svdmerge.core.svd import exact
-from svdmerge.core.transfer import RidgeFit
+from svdmerge.core.transfer import ridge
 from svdmerge.peers.loo import loo_weights
 
 # Of AXIS: the paper's share of the rank.
@@ -51,15 +52,23 @@ def model(
     problem: Problem, rows: list[int], key: str, weights: Callable[[], Weights],
     *, sources: Sequence[str], detail: str = "",
 ) -> Result:  # fmt: skip
-    """A model with a ridge head."""
+    """A model with a head in closed form."""
     fit = problem.fit(key, weights, rows)
     hits = problem.hits(key, weights, fit)
     return Result(hits=hits, sources=tuple(sources), detail=detail)
 
 
 def probe(problem: Problem, rows: list[int]) -> Result:
-    """A ridge head on the base."""
+    """The head on the base."""
     return model(problem, rows, "base", base_weights, sources=())
+
+
+def ridge_probe(problem: Problem, rows: list[int]) -> Result:
+    """Ridge regression on the base's features, its penalty by leave-one-out."""
+    train = problem.features("base", base_weights, part="train", rows=rows)
+    test = problem.features("base", base_weights, part="test", rows=range(len(problem.test)))
+    fit = ridge(train, labels=problem.labels(rows), num_classes=problem.num_classes)
+    return Result(hits=fit.head.scores(test).argmax(dim=1) == problem.test.labels)
 
 
 def linear_probe(problem: Problem, rows: list[int]) -> Result:
@@ -120,7 +129,7 @@ def truncated(problem: Problem, name: str) -> Weights:
 
 def axis(problem: Problem, rows: list[int]) -> Result:
     """AXIS of all sources as published, untuned."""
-    return model(problem, rows, *axis_model(K)(problem), sources=sorted(problem.sources))
+    return model(problem, rows, *axis_model(problem), sources=sorted(problem.sources))
 
 
 def average(problem: Problem, rows: list[int]) -> Result:
@@ -140,19 +149,26 @@ def task_arithmetic(problem: Problem, rows: list[int]) -> Result:
 def loo_weighted(problem: Problem, rows: list[int]) -> Result:
     """Task arithmetic weighted by held-out errors."""
     names = sorted(problem.sources)
-    press = torch.tensor([float(source_fit(problem, n, rows).loo_error.mean()) for n in names])
+    press = torch.tensor([_press(problem, n, rows) for n in names])
     weights = loo_weights(press, num_examples=len(rows), num_classes=problem.num_classes)
     kept = {n: round(float(w), 3) for n, w in zip(names, weights, strict=True) if w > 5e-4}
     return model(problem, rows, *mixed(problem, kept), sources=tuple(kept))
 
 
+def _press(problem: Problem, name: str, rows: list[int]) -> float:
+    """A source's mean squared leave-one-out error by ridge regression."""
+    train = problem.features(*whole(problem, name), part="train", rows=rows)
+    fit = ridge(train, labels=problem.labels(rows), num_classes=problem.num_classes)
+    return float(fit.loo_error.mean())
+
+
 def stacking(problem: Problem, rows: list[int]) -> Result:
-    """A ridge head on the features of the base and all sources side by side: many models' cost."""
+    """The head on the features of the base and all sources side by side: many models' cost."""
     models = [("base", base_weights), *(whole(problem, n) for n in sorted(problem.sources))]
     tests = range(len(problem.test))
     train = [problem.features(k, w, part="train", rows=rows) for k, w in models]
     test = [problem.features(k, w, part="test", rows=tests) for k, w in models]
-    found = problem.ridge(torch.cat(train, dim=1), rows)
+    found = problem.head(torch.cat(train, dim=1), rows)
     scores = found.head.scores(torch.cat(test, dim=1))
     return Result(hits=scores.argmax(dim=1) == problem.test.labels, sources=tuple(problem.sources))
 
@@ -194,8 +210,8 @@ def best_source(problem: Problem, rows: list[int]) -> str:
     return min(sorted(means), key=lambda n: means[n])
 
 
-def source_fit(problem: Problem, name: str, rows: Sequence[int]) -> RidgeFit:
-    """A whole source's ridge head."""
+def source_fit(problem: Problem, name: str, rows: Sequence[int]) -> DiscriminantFit:
+    """A whole source's head."""
     return problem.fit(*whole(problem, name), rows)
 
 
@@ -211,14 +227,12 @@ def mixed(problem: Problem, weights: Mapping[str, float]) -> tuple[str, Callable
     return f"mixed {key}", lambda: problem.mixed(weights)
 
 
-def axis_model(k: float) -> Callable[[Problem], tuple[str, Callable[[], Weights]]]:
+def axis_model(
+    problem: Problem, *, k: float = K, strength: float = 1.0
+) -> tuple[str, Callable[[], Weights]]:
     """AXIS of all sources at a share of the rank."""
-
-    def made(problem: Problem) -> tuple[str, Callable[[], Weights]]:
-        key = ", ".join(sorted(s.revision for s in problem.sources.values()))
-        return f"axis {k:g}: {key}", lambda: problem.axis(k=k)
-
-    return made
+    key = ", ".join(sorted(s.revision for s in problem.sources.values()))
+    return f"axis {k:g} at {strength:g}: {key}", lambda: problem.axis(k=k, strength=strength)
 
 
 def mix_model(problem: Problem, mix: Mix) -> tuple[str, Callable[[], Weights]]:
@@ -236,7 +250,8 @@ def mix_model(problem: Problem, mix: Mix) -> tuple[str, Callable[[], Weights]]:
 
 
 UNTRAINED: dict[str, Entrant] = {
-    "ridge probe": probe,
+    "probe": probe,
+    "ridge probe": ridge_probe,
     "linear probe": linear_probe,
     "best single source": pick,
     "best single source at k": pick_at_k,

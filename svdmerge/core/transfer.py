@@ -79,7 +79,7 @@ def ridge(
 
     Reference: Allen 1974 (PRESS); Golub, Heath, Wahba 1979, section 2 (ridge by the SVD).
     """
-    _check(features)
+    check_features(features)
     x = features.to(torch.float64)
     one_hot = torch.nn.functional.one_hot(labels.long(), num_classes).to(torch.float64)
     spectrum = _decompose(x, targets=one_hot - one_hot.mean(dim=0))
@@ -105,7 +105,8 @@ def ridge(
     )
 
 
-def _check(features: Float[Tensor, "b d"]) -> None:
+def check_features(features: Float[Tensor, "b d"]) -> None:
+    """Raise TrainingError for fewer than two examples, or features that are not finite."""
     if features.shape[0] < 2:
         raise TrainingError(
             f"{features.shape[0]} training examples",

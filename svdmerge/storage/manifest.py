@@ -178,6 +178,16 @@ class Committed:
                 depth = max(depth, covered.depth)
         return depth
 
+    def held(self, parameter: str) -> int:
+        """Components there are to read: fewer than the depth where the difference has less rank."""
+        ends = (
+            b.first + b.count
+            for _, commit in self._covered.get(parameter, [])
+            for b in commit.blocks
+            if b.parameter == parameter
+        )
+        return min(self.depth(parameter), max(ends, default=0))
+
     def sha256(self, parameter: str) -> str:
         """sha256 of the source's bytes of the matrix."""
         return self._covered[parameter][0][0].source_sha256

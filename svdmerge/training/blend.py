@@ -55,7 +55,7 @@ def _dense(blend: Blend, parameter: Parameter, parts: Sequence[Ingredient]) -> T
     total = torch.zeros(parameter.m, parameter.n)
     for part in parts:
         source = committed(blend.store, blend.base_key, part.revision)
-        stored = source.depth(parameter.id)
+        stored = source.held(parameter.id)
         count = stored if part.count is None else min(part.count, stored)
         if count:
             c = source.read(parameter.id, range(count))

@@ -18,7 +18,7 @@ from svdmerge.training.data import Examples, draw, load_training
 from svdmerge.training.objective import Objective, objective_of
 
 # Of what is cached: other losses must not find the old numbers.
-VERSION = 1
+VERSION = 2
 # Examples a model is judged by. The standard error of a mean loss over so many is about 3 % of the
 # losses' spread, finer than sources differ; features of more would only cost time.
 MAX_EXAMPLES = 1024
@@ -76,7 +76,7 @@ def judge(unit: JudgeUnit) -> Judged:
 
 
 def example_losses(backbone: Backbone, examples: Examples, *, objective: Objective) -> Tensor:
-    """Each example's loss (b,) in nats: by a ridge head fitted without it on frozen features, or
+    """Each example's loss (b,) in nats: by a head fitted without it on frozen features, or
     per predicted token of a language model."""
     measured = objective.measure(backbone, examples, device=torch.device("cpu"))
     return objective.judge(measured, examples).losses

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdmerge.core.transfer import LinearHead, RidgeFit, ridge, sharpness
+from svdmerge.core.discriminant import DiscriminantFit, discriminant
+from svdmerge.core.transfer import LinearHead
 from svdmerge.errors import TrainingError
 from svdmerge.recipe import TuneConfig
 from svdmerge.training.backbone import Backbone, Inputs
@@ -113,16 +114,17 @@ class Classification:
         """Features (b, d)."""
         return extract(backbone, examples, device=device)
 
-    def judge(self, measured: Tensor, examples: Examples) -> "RidgeJudge":
-        """A ridge head, by leave-one-out."""
+    def judge(self, measured: Tensor, examples: Examples) -> "HeadJudge":
+        """A head in closed form, by leave-one-out."""
         # Every class has an example: reading them checked it.
         num_classes = int(examples.labels.max()) + 1
-        return RidgeJudge(fit=ridge(measured, labels=examples.labels, num_classes=num_classes))
+        return HeadJudge(
+            fit=discriminant(measured, labels=examples.labels, num_classes=num_classes)
+        )
 
     def start(self, measured: Tensor, examples: Examples) -> dict[str, Tensor]:
-        """The ridge head, calibrated on left-out scores."""
-        fit = self.judge(measured, examples).fit
-        head = fit.head.sharpened(sharpness(fit.left_out, labels=examples.labels))
+        """The head in closed form, calibrated on left-out scores."""
+        head = self.judge(measured, examples).fit.head
         return {"weight": head.weight, "bias": head.bias}
 
     def losses(
@@ -144,10 +146,10 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RidgeJudge:
-    """A ridge head on frozen features."""
+class HeadJudge:
+    """A head in closed form on frozen features."""
 
-    fit: RidgeFit
+    fit: DiscriminantFit
 
     @property
     def error(self) -> float:
@@ -161,7 +163,7 @@ class RidgeJudge:
 
     @property
     def head(self) -> LinearHead:
-        """The ridge head."""
+        """The head."""
         return self.fit.head
 
     def score(self, measured: Tensor, examples: Examples) -> Score:

@@ -20,7 +20,7 @@ class Row:
     seconds: float
     """Features, head and training; of a cached part, what it took when it was computed."""
     loo_error: float | None
-    """Mean leave-one-out loss of the ridge head on the training examples, in nats.
+    """Mean leave-one-out loss of the head in closed form on the training examples, in nats.
 
     Of a tuned model it is too good: its features were trained on the very examples left out. Of a
     language model that was not tuned, nats per token: nothing was fitted to the training examples.

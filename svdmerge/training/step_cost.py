@@ -50,21 +50,21 @@ def step_costs(
     All kinds take turns within each repeat, so that a machine's mood meets them alike.
     """
     torch.set_num_threads(threads)
-    inputs = _inputs(base, workload)
+    inputs = random_inputs(base, workload)
     steps: dict[str, tuple[int, Callable[[], None]]] = {
-        FLOOR: (0, _frozen_step(_backbone(base), inputs)),
-        FORWARD: (0, _forward(_backbone(base), inputs)),
+        FLOOR: (0, frozen_step(frozen_backbone(base), inputs)),
+        FORWARD: (0, _forward(frozen_backbone(base), inputs)),
     }
     for share in shares:
         for form in ("auto", "low-rank"):
-            backbone = _backbone(base)
+            backbone = frozen_backbone(base)
             layers = install(backbone.module, directions=random_factors(base, share=share))
             if form == "low-rank":
                 for layer in layers.values():
                     layer.forward = layer.low_rank
             trained = sum(layer.sigma_change.numel() for layer in layers.values())
-            steps[f"N = {share:.0%}, {form}"] = (trained, _tuned_step(backbone, layers, inputs))
-    times = _take_turns({name: step for name, (_, step) in steps.items()}, workload.repeats)
+            steps[f"N = {share:.0%}, {form}"] = (trained, tuned_step(backbone, layers, inputs))
+    times = take_turns({name: step for name, (_, step) in steps.items()}, workload.repeats)
     return [
         StepCost(
             name=name,
@@ -78,16 +78,8 @@ def step_costs(
     ]
 
 
-def peak_memory_bytes(
-    base: Checkpoint, *, factors: Mapping[str, RankOneComponents], workload: Workload, threads: int
-) -> int:
-    """This process's peak resident size after two steps: call it in a process of its own."""
-    torch.set_num_threads(threads)
-    backbone = _backbone(base)
-    layers = install(backbone.module, directions=factors)
-    step = _tuned_step(backbone, layers, _inputs(base, workload))
-    step()
-    step()
+def resident_peak_bytes() -> int:
+    """The most that this process has held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
@@ -98,7 +90,7 @@ def random_factors(
     """Seeded factors of every tunable matrix, merged from those of so many made-up sources."""
     return {
         name: _merged(name, m=m, n=n, k=budget(share, rank=min(m, n)), num_sources=num_sources)
-        for name, (m, n) in _matrices(base).items()
+        for name, (m, n) in tuned_matrices(base).items()
     }
 
 
@@ -122,30 +114,33 @@ def _merged(name: str, *, m: int, n: int, k: int, num_sources: int) -> RankOneCo
     return axis(parts, weights=[1.0] * len(parts), scale=1.0).to(torch.float32)
 
 
-def _matrices(base: Checkpoint) -> dict[str, tuple[int, int]]:
+def tuned_matrices(base: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the matrices that tuning changes."""
     return {
         name: (module.weight.shape[0], module.weight.shape[1])
-        for path, module in _backbone(base).module.named_modules()
+        for path, module in frozen_backbone(base).module.named_modules()
         if isinstance(module, nn.Linear)
         and not (name := f"{path}.weight").startswith(UNUSED_MODULES)
     }
 
 
-def _backbone(base: Checkpoint) -> Backbone:
+def frozen_backbone(base: Checkpoint) -> Backbone:
+    """The base, none of whose weights trains."""
     backbone = build_backbone(TuneConfig(train="-", test="-"), base=base)
     load_weights(backbone, checkpoint=base, base=base)
     backbone.module.requires_grad_(False)
     return backbone
 
 
-def _inputs(base: Checkpoint, workload: Workload) -> dict[str, Tensor]:
+def random_inputs(base: Checkpoint, workload: Workload) -> dict[str, Tensor]:
+    """Seeded token ids."""
     shape = (workload.num_texts, workload.num_tokens)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, base.vocab_size or 100, shape, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _frozen_step(backbone: Backbone, inputs: dict[str, Tensor]) -> Callable[[], None]:
+def frozen_step(backbone: Backbone, inputs: dict[str, Tensor]) -> Callable[[], None]:
     """A pass whose gradients run through all layers to the embeddings' output, into no weight."""
     embeddings = backbone.module.get_submodule("embeddings")
     embeddings.register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
@@ -164,9 +159,10 @@ def _forward(backbone: Backbone, inputs: dict[str, Tensor]) -> Callable[[], None
     return step
 
 
-def _tuned_step(
+def tuned_step(
     backbone: Backbone, layers: Mapping[str, FactoredLinear], inputs: dict[str, Tensor]
 ) -> Callable[[], None]:
+    """A whole step of AdamW on the singular values."""
     values = [layer.sigma_change for layer in layers.values()]
     optimizer = torch.optim.AdamW(values, lr=1e-3, weight_decay=0.0)
 
@@ -178,7 +174,8 @@ def _tuned_step(
     return step
 
 
-def _take_turns(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def take_turns(steps: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step in each repeat."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(-1, repeats):
         for name, step in steps.items():

@@ -31,7 +31,7 @@ from svdmerge.training.result import EpochPoint, Row, SourceScore, TuneResult, v
 from svdmerge.training.trainee import Job, Trainee, build_trainee, read_directions, tunable
 
 OnProgress = Callable[[str, int, int], None]
-BASE, MERGED, TUNED, REFITTED = "base", "merged", "tuned", "tuned, ridge head"
+BASE, MERGED, TUNED, REFITTED = "base", "merged", "tuned", "tuned, head in closed form"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -183,12 +183,17 @@ class _Tuning:
         if not self.job.parameters:
             return untrained(head), False
         epochs = self.config.epochs
-        return fit(
+        state, resumed = fit(
             self.job,
             examples=self.target.train,
             use_ray=use_ray,
             on_epoch=lambda epoch: self.on_progress("tune", epoch, epochs),
         )
+        if state["best"] and state["best"]["epoch"] == 0:
+            # Nothing was held out for the sake of training then: the head may know all examples.
+            whole = self.features.train(self.merged).values
+            state = state | {"head": self.objective.start(whole, self.target.train)}
+        return state, resumed
 
     def _row(self, name: str, probe: Probe) -> Row:
         test = self.features.test(probe.model)
@@ -201,7 +206,7 @@ class _Tuning:
         )
 
     def _tuned_rows(self, state: State, *, probe_seconds: float) -> list[Row]:
-        """The tuned model with the head it trained, and with a ridge head like the other rows'."""
+        """The tuned model with the head it trained, and with one in closed form as other rows."""
         test, head = self._tuned_features(state, "test"), trained_head(state)
         num = sum(d.numel() for d in state["sigma_change"].values())
         seconds = probe_seconds + state["seconds"] + test.seconds

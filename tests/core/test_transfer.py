@@ -1,5 +1,7 @@
 """The closed-form ridge head against brute force, and what starts a cross-entropy head from it."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -140,3 +142,26 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
     head = LinearHead(weight=torch.eye(2), bias=torch.zeros(2))
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     assert head.accuracy(features, labels=torch.tensor([0, 1, 0, 1])) == 0.75
+
+
+@pytest.mark.parametrize(("b", "d", "y"), SHAPES)
+def test_the_log_loss_is_that_of_refitting_without_each_example(b: int, d: int, y: int) -> None:
+    x, labels = problem(b, d, y, seed=6)
+    found = ridge(x, labels=labels, num_classes=y)
+    scores = torch.stack(
+        [
+            solve(x[rest], labels[rest], penalty=found.penalty, y=y).scores(x[i : i + 1])[0]
+            for i in range(b)
+            for rest in [torch.arange(b) != i]
+        ]
+    )
+    scaled = scores * sharpness(scores, labels=labels)
+    expected = scaled.logsumexp(dim=1) - scaled[torch.arange(b), labels]
+    torch.testing.assert_close(found.log_loss, expected)
+
+
+def test_features_that_tell_nothing_lose_what_guessing_loses() -> None:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    found = ridge(x, labels=torch.arange(200) % 4, num_classes=4)
+    assert float(found.log_loss.mean()) == pytest.approx(math.log(4), abs=0.05)

@@ -188,7 +188,13 @@ def test_text_wants_strings(good: Path) -> None:
 def test_a_class_with_fewer_examples_than_asked_for_is_noted(good: Path) -> None:
     base = make_case(good.parent / "case").base
     target = load_target(config(good, good, per_class=3), base=base)
-    assert target.notes == ("2 classes have fewer than 3 training examples; class 0 has 2",)
+    assert "2 classes have fewer than 3 training examples; class 0 has 2" in target.notes
+
+
+def test_measuring_on_the_training_file_is_noted(good: Path) -> None:
+    base = make_case(good.parent / "case").base
+    notes = load_target(config(good, good), base=base).notes
+    assert any("says nothing of new examples" in note for note in notes)
 
 
 FIXED = pa.array([[[1, 2], [3, 4]], [[5, 6], [7, 8]]], pa.list_(pa.list_(pa.int8(), 2), 2))

@@ -63,7 +63,7 @@ def training(folder: Path, **changes: Any) -> Examples:
 
 def test_an_image_classifier_is_merged_tuned_and_exported(folder: Path) -> None:
     result = run(recipe(folder), address="none").tune
-    assert [r.name for r in result.rows][2:] == ["merged", "tuned", "tuned, ridge head"]
+    assert [r.name for r in result.rows][2:] == ["merged", "tuned", "tuned, head in closed form"]
     assert result.classes == ("above", "left")
     assert len(rank(recipe(folder), address="none").sources) == 2
     assert result.row("merged").accuracy >= 0.75

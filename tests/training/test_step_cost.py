@@ -11,7 +11,6 @@ from svdmerge.storage.checkpoint import Checkpoint, open_checkpoint
 from svdmerge.training.step_cost import (
     FLOOR,
     Workload,
-    peak_memory_bytes,
     random_factors,
     step_costs,
 )
@@ -40,8 +39,3 @@ def test_factors_are_of_one_size_however_many_sources(base: Checkpoint) -> None:
     ]
     assert sizes[0] == sizes[1] == sizes[2]
     assert not any(name.startswith("pooler") for name in sizes[0])
-
-
-def test_peak_memory_is_that_of_this_process(base: Checkpoint) -> None:
-    factors = random_factors(base, share=0.25)
-    assert peak_memory_bytes(base, factors=factors, workload=SMALL, threads=1) > 10 << 20

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tune_case import MATRICES, NUM_CLASSES, Case, make_case, write_examples
 
-from svdmerge.core.transfer import ridge
+from svdmerge.core.discriminant import discriminant
 from svdmerge.errors import OutputError, TrainingError
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training import tune as tuning
@@ -50,7 +50,7 @@ def test_rows_hold_base_best_source_merged_and_tuned(case: Case) -> None:
     names = [row.name for row in result.rows]
     assert names[0] == "base"
     assert names[1].startswith("best source: source-")
-    assert names[2:] == ["merged", "tuned", "tuned, ridge head"]
+    assert names[2:] == ["merged", "tuned", "tuned, head in closed form"]
     head = NUM_CLASSES * 16 + NUM_CLASSES
     assert [r.trained for r in result.rows] == [0, 0, 0, 6, 6]
     assert [r.trained_with_head for r in result.rows] == [head] * 3 + [head + 6] * 2
@@ -61,17 +61,17 @@ def test_rows_hold_base_best_source_merged_and_tuned(case: Case) -> None:
     assert TuneResult.from_json(result.to_json()) == result
 
 
-def test_each_probe_is_the_ridge_head_on_that_models_features(case: Case) -> None:
+def test_each_probe_is_the_head_on_that_models_features(case: Case) -> None:
     result = case.tune()
     target = load_target(case.config(), base=case.base)
     backbone = build_backbone(case.config(), base=case.base)
     for name, model in (("base", case.base), ("merged", case.merged)):
         load_weights(backbone, checkpoint=model, base=case.base)
         train, test = (extract(backbone, e, device=CPU) for e in (target.train, target.test))
-        found = ridge(train, labels=target.train.labels, num_classes=NUM_CLASSES)
+        found = discriminant(train, labels=target.train.labels, num_classes=NUM_CLASSES)
         row = result.row(name)
         assert row.accuracy == found.head.accuracy(test, labels=target.test.labels)
-        assert row.loo_error == float(found.loo_error.mean())
+        assert row.loo_error == float(found.log_loss.mean())
 
 
 def test_the_best_source_is_chosen_without_the_test_examples(case: Case) -> None:

@@ -1,0 +1,77 @@
+"""What any rule must keep that chooses sources by held-out losses."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from svdmerge.core.gate import BASE, Mix, gate
+
+NUM = 40
+
+
+def losses(mean: float, *, seed: int, spread: float = 0.3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return mean + spread * torch.randn(NUM, generator=generator, dtype=torch.float64)
+
+
+def worse(mixes: Sequence[Mix]) -> list[Tensor]:
+    """Every merge loses to the one good source in proportion to what it holds of others."""
+    good = losses(0.1, seed=0)
+    return [good + 2.0 * (1.0 - mix.weights.get("good", 0.0)) ** 2 for mix in mixes]
+
+
+def noise_and_one_good() -> dict[str, Tensor]:
+    return {f"noise-{i}": losses(1.6, seed=10 + i) for i in range(6)} | {
+        "good": losses(0.1, seed=0)
+    }
+
+
+def test_an_obviously_best_source_among_noise_is_taken_alone() -> None:
+    chosen, _ = gate(noise_and_one_good(), base=losses(1.5, seed=1), judge=worse)
+    assert list(chosen.weights) == ["good"]
+    assert chosen.weights["good"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_sources_that_are_all_clearly_worse_keep_the_base() -> None:
+    base = losses(0.1, seed=0)
+    sources = {f"bad-{i}": losses(2.0, seed=20 + i) for i in range(4)}
+    chosen, _ = gate(sources, base=base, judge=lambda mixes: [base + 1.0 for _ in mixes])
+    assert chosen == BASE
+    assert chosen.weights == {}
+
+
+def test_the_choice_is_the_same_every_time() -> None:
+    first, considered = gate(noise_and_one_good(), base=losses(1.5, seed=1), judge=worse)
+    again, others = gate(noise_and_one_good(), base=losses(1.5, seed=1), judge=worse)
+    assert first == again
+    assert list(considered) == list(others)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_in_which_sources_are_listed_does_not_matter(seed: int) -> None:
+    sources = {f"s{i}": losses(1.0 - 0.05 * i, seed=30 + i) for i in range(5)}
+
+    def judge(mixes: Sequence[Mix]) -> list[Tensor]:
+        return [
+            torch.stack([w * sources[s] for s, w in sorted(m.weights.items())]).sum(0)
+            if m.weights
+            else base
+            for m in mixes
+        ]
+
+    base = losses(1.1, seed=2)
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed)).tolist()
+    names = list(sources)
+    shuffled = {names[i]: sources[names[i]] for i in order}
+    chosen, expected = (gate(x, base=base, judge=judge)[0] for x in (shuffled, sources))
+    assert chosen.total == pytest.approx(expected.total, rel=1e-12)
+    assert dict(chosen.shares) == pytest.approx(dict(expected.shares), rel=1e-12)
+
+
+def test_the_chosen_merge_is_among_those_considered_with_its_losses() -> None:
+    chosen, considered = gate(noise_and_one_good(), base=losses(1.5, seed=1), judge=worse)
+    assert BASE in considered
+    assert all(len(x) == NUM for x in considered.values())
+    assert chosen in considered
