@@ -93,8 +93,9 @@ def gate(
     """The merge that the examples ask for, and the losses of all that were considered.
 
     `sources` holds each source's losses as it is, `judge` gives those of mixes, on the same b
-    examples. Starts from the soft mix; a merge of several at another strength takes its place only
-    if it is better by more than noise (`core.evidence.choose`).
+    examples. Starts from the soft mix, or the base if that is no better; a merge of several at
+    another strength takes its place only if it is better by more than noise
+    (`core.evidence.choose`).
     """
     means = {s: float(x.double().mean()) for s, x in sources.items()}
     order = sorted(sources, key=lambda s: (means[s], s))
@@ -104,5 +105,7 @@ def gate(
     rest = mixes(order, gains={s: start - mean for s, mean in means.items()})
     asked = [mix for mix in dict.fromkeys([first, *rest]) if mix not in found]
     found |= dict(zip(asked, judge(asked), strict=True))
+    if float(found[first].double().mean()) >= start:
+        first = BASE  # what the examples call no better than nothing is nothing
     ordered = [first, *(mix for mix in rest if mix != first)]
     return ordered[choose([found[mix] for mix in ordered])], found

@@ -72,6 +72,30 @@ def export(
     """
     check_out(out)
     staged = staging(out, plan_hash=key)
+    try:
+        _write(staged, adapted=adapted, adapter=adapter, head=head, scratch=scratch)
+        metadata = {"tuning": key, "base": adapted.base.revision, "merged": adapted.merged.revision}
+        manifest = json.loads(result_json) | {
+            "metadata": metadata,
+            "origin": origin.to_json(),
+            "files": written_files(staged, known=[]),
+        }
+        staged.put(TUNE, (json.dumps(manifest, indent=1) + "\n").encode())
+        check_out(out)  # once more: a user may have put files there meanwhile
+        _publish(staged, out)
+    finally:
+        release(staged)
+
+
+def _write(
+    staged: Folder,
+    *,
+    adapted: Adapted,
+    adapter: Adapter,
+    head: LinearHead | None,
+    scratch: Folder,
+) -> None:
+    """Everything but the manifest; a marker tells an unfinished folder as ours."""
     staged.put(MARKER, b"")
     saved = adapted.config.saved
     if "adapter" in saved:
@@ -83,15 +107,6 @@ def export(
     if head is not None:
         staged.put(HEAD, files.save(_head_tensors(head), metadata={"format": "pt"}))
     staged.remove(MARKER)
-    metadata = {"tuning": key, "base": adapted.base.revision, "merged": adapted.merged.revision}
-    manifest = json.loads(result_json) | {
-        "metadata": metadata,
-        "origin": origin.to_json(),
-        "files": written_files(staged, known=[]),
-    }
-    staged.put(TUNE, (json.dumps(manifest, indent=1) + "\n").encode())
-    check_out(out)  # once more: a user may have put files there meanwhile
-    _publish(staged, out)
 
 
 def export_adapter(tuned: str, to: str, *, form: Form, places: Mapping[str, str | None]) -> Folder:
