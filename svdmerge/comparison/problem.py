@@ -24,7 +24,6 @@ from svdmerge.training.backbone import Inputs, build_backbone, lacking, load_wei
 from svdmerge.training.blend import committed, differences
 from svdmerge.training.data import Examples, draw, load_target
 from svdmerge.training.features import extract
-from svdmerge.training.judge import subset
 
 Weights = Mapping[str, Tensor]
 CPU = torch.device("cpu")
@@ -141,7 +140,7 @@ class Problem:
         """Features (rows, d) under changed weights, not kept."""
         examples = self.train if part == "train" else self.test
         with self._holding(weights):
-            return extract(self._backbone, subset(examples, rows), device=CPU)
+            return extract(self._backbone, examples.take(rows), device=CPU)
 
     def features_under(self, weights: Weights, rows: list[int], *, train: Sequence[int]) -> Tensor:
         """Differentiable features of some of the drawn rows `train` under changed weights."""
@@ -238,4 +237,4 @@ def _first(examples: Examples, *, num: int) -> Examples:
     ranked = sorted(
         range(len(examples)), key=lambda row: hashlib.sha256(f"test {row}".encode()).digest()
     )
-    return subset(examples, sorted(ranked[:num]))
+    return examples.take(sorted(ranked[:num]))

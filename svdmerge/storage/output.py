@@ -134,6 +134,15 @@ def publish(staged: Folder, out: Folder, *, manifest: Manifest) -> None:
         return
     check_ours(out)  # once more: a user may have put files there meanwhile
     staged.put(MANIFEST, manifest.to_json())
+    take_place(staged, out)
+
+
+def take_place(staged: Folder, out: Folder) -> None:
+    """Rename a local staged folder to the output's place, the old one replaced; give up the lock.
+
+    Raises:
+        OutputError: the place cannot be taken.
+    """
     target, old = Path(out.path()), Folder(f"{staged.uri}.old")
     try:
         if target.exists():

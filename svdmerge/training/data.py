@@ -235,9 +235,6 @@ def prepare(column: Column, *, config: TuneConfig, base: Checkpoint) -> Examples
     return Examples(inputs=texts, labels=labels, padding=padding)
 
 
-_examples = prepare
-
-
 def _check_predictable(texts: Sequence[dict[str, Tensor]], *, places: Sequence[str]) -> None:
     for text, place in zip(texts, places, strict=True):
         if len(text["input_ids"]) < 2:

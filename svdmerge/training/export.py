@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,7 +22,7 @@ from svdmerge.storage.hf_model import (
     write_safetensors,
 )
 from svdmerge.storage.manifest import Covered, put_unit
-from svdmerge.storage.output import release, staging, written_files
+from svdmerge.storage.output import release, staging, take_place, written_files
 from svdmerge.storage.shards import Rows
 from svdmerge.training.adapter import (
     ADAPTER,
@@ -211,19 +210,5 @@ def _head_tensors(head: LinearHead) -> dict[str, Tensor]:
 
 
 def _publish(staged: Folder, out: Folder) -> None:
-    if staged == out:
-        return
-    target, old = Path(out.path()), Folder(f"{staged.uri}.old")
-    try:
-        if target.exists():
-            old.remove()  # left by an attempt that was killed right here
-            target.rename(old.path())
-        Path(staged.path()).rename(target)
-        old.remove()
-        release(staged)
-    except OSError as error:
-        raise OutputError(
-            f"{out.uri}: cannot be replaced",
-            str(error),
-            f"Check its permissions, or give another `out`; what was written is in {staged.uri}.",
-        ) from error
+    if staged != out:
+        take_place(staged, out)

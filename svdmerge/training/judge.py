@@ -3,8 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -89,14 +88,7 @@ def judged_examples(config: TuneConfig, *, base: Checkpoint) -> Examples:
         return examples
     num_classes = int(examples.labels.max()) + 1
     per_class = max(2, MAX_EXAMPLES // num_classes)
-    return subset(examples, draw(examples.labels.numpy(), per_class=per_class, seed=config.seed))
-
-
-def subset(examples: Examples, rows: Sequence[int]) -> Examples:
-    """Some of the examples, in the order given."""
-    inputs = examples.inputs
-    taken = inputs[list(rows)] if isinstance(inputs, Tensor) else [inputs[i] for i in rows]
-    return replace(examples, inputs=taken, labels=examples.labels[list(rows)])
+    return examples.take(draw(examples.labels.numpy(), per_class=per_class, seed=config.seed))
 
 
 def _key(unit: JudgeUnit) -> str:

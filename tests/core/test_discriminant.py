@@ -71,12 +71,15 @@ def test_the_head_scores_as_the_formula() -> None:
     np.testing.assert_allclose(found - slope * raw, np.tile(shift, (30, 1)), atol=1e-8)
 
 
-def test_with_two_equal_classes_it_decides_as_ridge_regression_of_one_direction() -> None:
+def test_with_two_equal_classes_its_direction_is_that_of_ridge_regression() -> None:
     x, y = problem(num=40, dim=8, num_classes=2, seed=3)
-    weight = discriminant(x, labels=y, num_classes=2).head.weight
-    direction = weight[1] - weight[0]
-    means = [x[y == c].mean(dim=0) for c in (0, 1)]
-    assert float(direction @ (means[1] - means[0])) > 0
+    fit = discriminant(x, labels=y, num_classes=2)
+    found = (fit.head.weight[1] - fit.head.weight[0]).numpy()
+    centred, target = (x - x.mean(dim=0)).numpy(), y.numpy() - 0.5
+    penalty = 40 * fit.shrinkage * within(centred, y.numpy(), 2)
+    ridge = np.linalg.solve(centred.T @ centred + penalty * np.eye(8), centred.T @ target)
+    cosine = found @ ridge / np.linalg.norm(found) / np.linalg.norm(ridge)
+    assert cosine == pytest.approx(1.0, abs=1e-12)
 
 
 def test_losses_are_calibrated_and_better_than_guessing_on_separable_classes() -> None:

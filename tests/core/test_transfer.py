@@ -1,6 +1,4 @@
-"""The closed-form ridge head against brute force, and what starts a cross-entropy head from it."""
-
-import math
+"""The closed-form ridge head against brute force."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from svdmerge.core.transfer import PENALTIES, LinearHead, ridge, sharpness
+from svdmerge.core.transfer import PENALTIES, LinearHead, ridge
 from svdmerge.errors import TrainingError
 
 
@@ -120,48 +118,7 @@ def test_unusable_features_are_refused(features: Tensor, message: str) -> None:
         ridge(features, labels=torch.zeros(len(features), dtype=torch.int64), num_classes=2)
 
 
-def test_sharpness_lowers_the_loss_and_keeps_the_decisions() -> None:
-    x, labels = problem(60, 5, 3)
-    found = ridge(x, labels=labels, num_classes=3)
-    factor = sharpness(found.left_out, labels=labels)
-    loss = torch.nn.functional.cross_entropy
-    assert loss(found.left_out * factor, labels) < loss(found.left_out, labels)
-    sharp = found.head.sharpened(factor)
-    assert torch.equal(sharp.scores(x).argmax(1), found.head.scores(x).argmax(1))
-
-
-def test_sharpness_grows_with_how_well_scores_tell_classes_apart() -> None:
-    labels = torch.arange(40) % 2
-    right = torch.nn.functional.one_hot(labels, 2).double()
-    generator = torch.Generator().manual_seed(0)
-    noisy = right + torch.randn(40, 2, generator=generator, dtype=torch.float64)
-    assert sharpness(right, labels=labels) > sharpness(noisy, labels=labels)
-
-
 def test_accuracy_is_the_share_of_right_answers() -> None:
     head = LinearHead(weight=torch.eye(2), bias=torch.zeros(2))
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     assert head.accuracy(features, labels=torch.tensor([0, 1, 0, 1])) == 0.75
-
-
-@pytest.mark.parametrize(("b", "d", "y"), SHAPES)
-def test_the_log_loss_is_that_of_refitting_without_each_example(b: int, d: int, y: int) -> None:
-    x, labels = problem(b, d, y, seed=6)
-    found = ridge(x, labels=labels, num_classes=y)
-    scores = torch.stack(
-        [
-            solve(x[rest], labels[rest], penalty=found.penalty, y=y).scores(x[i : i + 1])[0]
-            for i in range(b)
-            for rest in [torch.arange(b) != i]
-        ]
-    )
-    scaled = scores * sharpness(scores, labels=labels)
-    expected = scaled.logsumexp(dim=1) - scaled[torch.arange(b), labels]
-    torch.testing.assert_close(found.log_loss, expected)
-
-
-def test_features_that_tell_nothing_lose_what_guessing_loses() -> None:
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(200, 3, generator=generator, dtype=torch.float64)
-    found = ridge(x, labels=torch.arange(200) % 4, num_classes=4)
-    assert float(found.log_loss.mean()) == pytest.approx(math.log(4), abs=0.05)

@@ -12,7 +12,7 @@ from svdmerge.core.params import Action
 from svdmerge.engine.plan import Plan
 from svdmerge.training.backbone import Backbone, build_backbone, load_weights
 from svdmerge.training.blend import Blend, Ingredient, at_strengths, committed, differences
-from svdmerge.training.judge import MAX_EXAMPLES, JudgeUnit, judge, judged_examples, subset
+from svdmerge.training.judge import MAX_EXAMPLES, JudgeUnit, judge, judged_examples
 from svdmerge.training.overlap import OverlapUnit, overlaps
 from svdmerge.workflow import run_stage
 
@@ -175,7 +175,7 @@ def test_a_subset_keeps_inputs_beside_their_labels(bench: Bench, plan: Plan) -> 
     config = bench.recipe(**targeted(bench)).tune
     assert config is not None
     examples = judged_examples(config, base=plan.base)
-    taken = subset(examples, [5, 2])
+    taken = examples.take([5, 2])
     assert torch.equal(taken.labels, examples.labels[[5, 2]])
     assert isinstance(taken.inputs, torch.Tensor)
     assert isinstance(examples.inputs, torch.Tensor)
