@@ -17,13 +17,12 @@ from svdmerge.core.params import budget
 from svdmerge.core.svd import exact
 from svdmerge.core.transfer import ridge
 from svdmerge.peers.loo import loo_weights
+from svdmerge.training.judge import judged_rows
 
 # Of AXIS: the paper's share of the rank.
 K = 0.1
 # Of task arithmetic: the best on a held-out target when the zoo was made, not tuned per target.
 STRENGTH = 0.3
-# Drawn rows by which merges are judged: as `training.judge.MAX_EXAMPLES`, less for time.
-MAX_JUDGED = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -196,12 +195,8 @@ def chosen_mix(problem: Problem, rows: list[int]) -> Mix:
 
 
 def judged(problem: Problem, rows: list[int]) -> list[int]:
-    """At most `MAX_JUDGED` of the drawn rows, of all classes alike."""
-    if len(rows) <= MAX_JUDGED:
-        return rows
-    step = -(-len(rows) // MAX_JUDGED)
-    ordered = sorted(rows, key=lambda row: (int(problem.train.labels[row]), row))
-    return sorted(ordered[::step])
+    """The drawn rows that svdmerge judges merges by."""
+    return [rows[place] for place in judged_rows(problem.labels(rows), seed=0)]
 
 
 def best_source(problem: Problem, rows: list[int]) -> str:

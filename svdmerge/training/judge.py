@@ -84,11 +84,15 @@ def example_losses(backbone: Backbone, examples: Examples, *, objective: Objecti
 def judged_examples(config: TuneConfig, *, base: Checkpoint) -> Examples:
     """The target's drawn training examples, at most `MAX_EXAMPLES`, of every class alike."""
     examples = load_training(config, base=base)
-    if len(examples) <= MAX_EXAMPLES:
-        return examples
-    num_classes = int(examples.labels.max()) + 1
-    per_class = max(2, MAX_EXAMPLES // num_classes)
-    return examples.take(draw(examples.labels.numpy(), per_class=per_class, seed=config.seed))
+    return examples.take(judged_rows(examples.labels, seed=config.seed))
+
+
+def judged_rows(labels: Tensor, *, seed: int) -> list[int]:
+    """Which of b examples models are judged by: at most `MAX_EXAMPLES`, of every class alike."""
+    if len(labels) <= MAX_EXAMPLES:
+        return list(range(len(labels)))
+    per_class = max(2, MAX_EXAMPLES // (int(labels.max()) + 1))
+    return draw(labels.numpy(), per_class=per_class, seed=seed)
 
 
 def _key(unit: JudgeUnit) -> str:
