@@ -136,6 +136,12 @@ class Problem:
         values = self.features(key, weights, part="test", rows=rows)
         return fit.head.scores(values).argmax(dim=1) == self.test.labels
 
+    def fitted_hits(self, weights: Weights, rows: Sequence[int]) -> Tensor:
+        """The same of changed weights, with a head in closed form; nothing is kept."""
+        fit = self.head(self.extracted(weights, part="train", rows=rows), rows)
+        test = self.extracted(weights, part="test", rows=range(len(self.test)))
+        return fit.head.scores(test).argmax(dim=1) == self.test.labels
+
     def extracted(self, weights: Weights, *, part: str, rows: Sequence[int]) -> Tensor:
         """Features (rows, d) under changed weights, not kept."""
         examples = self.train if part == "train" else self.test

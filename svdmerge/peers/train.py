@@ -68,9 +68,16 @@ class Trained:
 
 
 def train(
-    features: Features, *, space: WeightSpace, objective: Objective, settings: TrainSettings
+    features: Features,
+    *,
+    space: WeightSpace,
+    objective: Objective,
+    settings: TrainSettings,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """The weights after training the space's values, which are changed in place.
+
+    `after_step` is told how many steps are done, from 1 on.
 
     Raises:
         TrainingError: nothing trains, or the loss is no longer finite.
@@ -98,6 +105,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         optimizer.step()
+        after_step(step + 1)
     with torch.no_grad():
         # Clones: a space of free weights gives its parameters themselves.
         weights = {name: weight.detach().clone() for name, weight in space.weights().items()}

@@ -19,7 +19,7 @@ _PREFIX = "checkpoint-"
 def untrained(head: dict[str, Tensor]) -> State:
     """The state where nothing was there to train: the head as it started."""
     return {
-        "epoch": 0, "sigma_change": {}, "head": head, "curve": [], "best": None,
+        "epoch": 0, "sigma_change": {}, "head": head, "curve": [], "start": {}, "best": {},
         "seconds": 0.0, "resumes": 0,
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdmerge.core.evidence import choose
 from svdmerge.errors import TrainingError
 from svdmerge.recipe import TuneConfig
 from svdmerge.training.checkpointing import Checkpoints, State
@@ -60,8 +61,9 @@ class Loop:
         self._saved_at, self._due = time.monotonic(), False
         self.epoch = 0
         self.curve: list[Point] = []
-        # Epoch 0 competes: where no epoch is better, nothing is changed.
-        self._best: State = self._candidate(self._held_out()["held_out_loss"]) if self._held else {}
+        # Epoch 0 competes: where no epoch is clearly better, nothing is changed.
+        self._start: State = self._candidate(self._held_out()[0]) if self._held else {}
+        self._best = self._start
 
     @property
     def done(self) -> bool:
@@ -82,6 +84,7 @@ class Loop:
             **self._trained(),
             "optimizer": self._optimizer.state_dict(),
             "curve": [dict(point) for point in self.curve],
+            "start": self._start,
             "best": self._best,
             "seconds": self._seconds,
             "resumes": self._resumes,
@@ -95,7 +98,8 @@ class Loop:
             for name, parameter in self._trainee.head.named_parameters():
                 parameter.copy_(state["head"][name])
         self._optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self._seconds, self._best = state["epoch"], state["seconds"], state["best"]
+        self.epoch, self._seconds = state["epoch"], state["seconds"]
+        self._start, self._best = state["start"], state["best"]
         self._resumes = state["resumes"] + 1
         self.curve = [dict(point) for point in state["curve"]]
 
@@ -117,9 +121,11 @@ class Loop:
         self.epoch += 1
         point = {"loss": loss / len(order), "accuracy": right / len(order)}
         if self._held:
-            point |= self._held_out()
-            if point["held_out_loss"] < self._best["loss"]:
-                self._best = self._candidate(point["held_out_loss"])
+            losses, share_right = self._held_out()
+            held_out_loss = float(losses.mean())
+            point |= {"held_out_loss": held_out_loss, "held_out_accuracy": share_right}
+            if held_out_loss < float(self._best["losses"].mean()):
+                self._best = self._candidate(losses)
         self.curve.append(point)
         self._seconds += time.perf_counter() - start
 
@@ -153,19 +159,20 @@ class Loop:
         return float(self._group.rank == 0 and waited >= self._config.checkpoint_every_s)
 
     @torch.no_grad()
-    def _held_out(self) -> Point:
-        """Mean loss and accuracy on what is held out; the same bits on every process."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self._trainee.device)
-        own = share(self._held, rank=self._group.rank, world=self._group.world)
-        for rows in global_batches(own, batch_size=self._config.batch_size):
-            losses, right = self._trainee.losses(self._examples, list(rows))
-            sums += torch.stack([losses.double().sum(), right.double().sum()])
-        self._group.add(sums)
-        loss, right = (sums / len(self._held)).tolist()
-        return {"held_out_loss": loss, "held_out_accuracy": right}
+    def _held_out(self) -> tuple[Tensor, float]:
+        """Losses of what is held out (b,) and its accuracy; the same bits on every process."""
+        found = torch.zeros(2, len(self._held), dtype=torch.float64, device=self._trainee.device)
+        own = share(range(len(self._held)), rank=self._group.rank, world=self._group.world)
+        for places in global_batches(own, batch_size=self._config.batch_size):
+            rows = [self._held[place] for place in places]
+            losses, right = self._trainee.losses(self._examples, rows)
+            found[:, list(places)] = torch.stack([losses, right]).double()
+        self._group.add(found)
+        losses, right = found.cpu()
+        return losses, float(right.mean())
 
-    def _candidate(self, loss: float) -> State:
-        return {"epoch": self.epoch, "loss": loss, **self._trained()}
+    def _candidate(self, losses: Tensor) -> State:
+        return {"epoch": self.epoch, "losses": losses, **self._trained()}
 
     def _trained(self) -> State:
         values = [v.detach().cpu().clone() for v in self._values]
@@ -207,6 +214,13 @@ def train(loop: Loop, *, checkpoints: Checkpoints, on_epoch: Callable[[Loop], No
 
 
 def chosen(state: State) -> State:
-    """The state with the values of the best epoch by the held-out loss, if there is any."""
-    best = state["best"]
-    return state | {k: best[k] for k in ("sigma_change", "head")} if best else state
+    """The state with the values of the best epoch by the held-out losses, if any are held out.
+
+    Of ten epochs one is best by luck: where it is not better than none by more than noise
+    (`core.evidence.choose`), nothing is changed.
+    """
+    if not state["best"]:
+        return state
+    candidates = [state["start"], state["best"]]
+    best = candidates[choose([candidate["losses"] for candidate in candidates])]
+    return state | {"best": best, **{k: best[k] for k in ("sigma_change", "head")}}

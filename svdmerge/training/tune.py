@@ -280,7 +280,7 @@ class _Tuning:
             yield (
                 f"epoch {best['epoch']} of {state['epoch']} is kept, {told}"
                 if best["epoch"]
-                else f"nothing is changed: no epoch was better than none, {told}"
+                else f"nothing is changed: no epoch was clearly better than none, {told}"
             )
 
     def _export(self, result: TuneResult, *, state: State, out: Folder) -> None:

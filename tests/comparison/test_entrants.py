@@ -64,6 +64,14 @@ def test_what_chooses_sources_finds_the_one_that_helps(
     assert accuracy(found.hits) > 0.9 > accuracy(UNTRAINED["probe"](problem, rows).hits)
 
 
+def test_tuning_is_kept_or_nothing_is_changed(problem: Problem, rows: list[int]) -> None:
+    found = TRAINED["svdmerge, tuned if it helps"](problem, rows)
+    untuned = UNTRAINED["svdmerge"](problem, rows)
+    assert bool(found.trained) == bool(found.steps) == (found.detail != "nothing is changed")
+    if not found.trained:
+        assert torch.equal(found.hits, untuned.hits)
+
+
 @pytest.mark.parametrize("name", ["BitFit", "LoRA, rank 1"])
 def test_a_trained_entrant_counts_its_values_and_steps_and_leaves_the_base(
     problem: Problem, rows: list[int], name: str

@@ -16,6 +16,7 @@ from svdmerge.errors import TrainingError
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.checkpointing import State, load_file
 from svdmerge.training.data import hold_out
+from svdmerge.training.loop import chosen
 
 
 @pytest.fixture
@@ -90,15 +91,37 @@ def test_the_values_of_the_best_epoch_on_what_is_held_out_are_kept(case: Case) -
     result = case.tune(config)
     assert result.num_held_out == 12
     assert any("held-out examples" in note for note in result.notes)
-    assert result.best_epoch is not None
-    losses = [point.held_out_loss for point in result.curve]
-    assert len(losses) == min(result.best_epoch + 2, 12)
-    if result.best_epoch:
-        assert losses[result.best_epoch - 1] == min(x for x in losses if x is not None)
+    losses = [x for point in result.curve if (x := point.held_out_loss) is not None]
+    least = 1 + min(range(len(losses)), key=lambda i: losses[i])
+    assert len(losses) == len(result.curve) == min(least + config.patience, config.epochs)
+    assert result.best_epoch in (0, least)
     fewer = case.config(validation_share=0.3, epochs=12, patience=12, learning_rate=0.5)
     again = case.tune(fewer, run="patient", out="patient-out")
     assert len(again.curve) == 12
     assert again.curve[: len(losses)] == result.curve
+
+
+def candidate(epoch: int, *losses: float) -> State:
+    values = {"sigma_change": {"layer": torch.tensor([float(epoch)])}, "head": {}}
+    return {"epoch": epoch, "losses": torch.tensor(losses), **values}
+
+
+@pytest.mark.parametrize(
+    ("best", "kept"),
+    [
+        ((0.9, 0.9, 0.8, 0.9), 3),  # better on every example
+        ((1.9, 0.1, 1.9, 0.0), 0),  # better on the mean alone, by less than its noise
+        ((1.0, 1.0, 1.0, 1.0), 0),
+    ],
+)
+def test_an_epoch_is_kept_if_it_is_better_by_more_than_noise(
+    best: tuple[float, ...], kept: int
+) -> None:
+    state = {"start": candidate(0, 1.0, 1.0, 1.0, 1.0), "best": candidate(3, *best), "epoch": 5}
+    found = chosen(state)
+    assert found["best"]["epoch"] == kept
+    assert float(found["sigma_change"]["layer"]) == kept
+    assert found["epoch"] == 5
 
 
 def test_where_no_epoch_is_better_nothing_is_changed(case: Case) -> None:
