@@ -27,7 +27,7 @@ def exact(matrix: Float[Tensor, "m n"]) -> RankOneComponents:
     u, s, vh = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
     if len(s):
         s = torch.where(s > s[0] * torch.finfo(s.dtype).eps * max(matrix.shape), s, 0.0)
-    return _fix_signs(RankOneComponents(u=u, s=s, vh=vh))
+    return fix_signs(RankOneComponents(u=u, s=s, vh=vh))
 
 
 def factors(matrix: Float[Tensor, "m n"]) -> RankOneComponents:
@@ -53,7 +53,7 @@ def truncated(matrix: Float[Tensor, "m n"], *, depth: int, seed: int) -> RankOne
         q = torch.linalg.qr(a @ torch.linalg.qr(a.T @ q).Q).Q
     inner = exact(q.T @ a)
     found = RankOneComponents(u=q @ inner.u, s=inner.s, vh=inner.vh).slice(0, depth)
-    return _fix_signs(found)
+    return fix_signs(found)
 
 
 def seed_of(parameter: str, *, m: int, n: int, block: int) -> int:
@@ -62,7 +62,7 @@ def seed_of(parameter: str, *, m: int, n: int, block: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def _fix_signs(c: RankOneComponents) -> RankOneComponents:
+def fix_signs(c: RankOneComponents) -> RankOneComponents:
     """Each column's largest entry of u made positive, so that solvers agree on what is stored."""
     if c.u.shape[0] == 0 or len(c) == 0:
         return c
