@@ -189,8 +189,8 @@ class RayTasks:
                 while window.step():
                     bar.advance()
         except BaseException:
-            # The worker ends with its task: one interrupted in the middle of an import would go on
-            # with half a module ("pandas has no attribute core") and fail the next task that uses it.
+            # The worker ends with its task: interrupted in the middle of an import it would go on
+            # with half a module ("pandas has no attribute core") and fail the next task to use it.
             for ref in window.running:
                 ray.cancel(ref, force=True)
             raise
