@@ -58,7 +58,7 @@ def measure(target: str, args: argparse.Namespace) -> None:
     names = [Path(source.name).name for source in ranking.sources]
     fits = {name: source_fit(problem, name, rows) for name in names}
     losses = [float(fits[name].log_loss.mean()) for name in names]
-    hits = [problem.hits(*whole(problem, name), fits[name]) for name in names]
+    hits = [problem.hits(*whole(problem, name), rows) for name in names]
     errors = [1.0 - float(h.double().mean()) for h in hits]
     stored = [source.loss for source in ranking.sources]
     print(

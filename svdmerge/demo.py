@@ -32,6 +32,7 @@ from svdmerge.progress import SILENT, Progress
 from svdmerge.recipe import load_recipe
 from svdmerge.report.run_report import RunReport
 from svdmerge.storage.filesystem import Folder
+from svdmerge.training.head import fitted_head
 from svdmerge.workflow import run
 
 __all__ = ["DemoResult", "DemoRow", "DemoSettings", "build", "run_demo"]
@@ -266,14 +267,15 @@ def _measure(
 
 
 def probe(folder: str, *, name: str, data: Path) -> DemoRow:
-    """Accuracy of a frozen model on the target by a head in closed form, as in tuning."""
+    """Accuracy of a frozen model on the target by its head, as in tuning."""
     start = time.perf_counter()
     model = load_model(folder)
     images, digits = read_examples(data / "target.parquet")
     test_images, test_digits = read_examples(data / "test.parquet")
     with torch.no_grad():
         features, test_features = model(images), model(test_images)
-    head = discriminant(features, labels=digits, num_classes=NUM_CLASSES).head
+    closed = discriminant(features, labels=digits, num_classes=NUM_CLASSES)
+    head = fitted_head(features, labels=digits, closed=closed)
     return DemoRow(
         name=name,
         accuracy=head.accuracy(test_features, labels=test_digits),

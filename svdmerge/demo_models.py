@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from svdmerge.errors import OutputError, ResourceError
+from svdmerge.errors import OutputError
 from svdmerge.storage.checkpoint import SINGLE
 
 SIDE, PATCH, TOKENS = 8, 4, 4
@@ -179,19 +179,9 @@ def load_model(folder: str) -> nn.Module:
 
 
 def digit_images() -> tuple[Tensor, Tensor]:
-    """All images (b, 64) between 0 and 1, and their digits (b,).
+    """All images (b, 64) between 0 and 1, and their digits (b,)."""
+    from sklearn.datasets import load_digits
 
-    Raises:
-        ResourceError: scikit-learn is missing.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ResourceError(
-            "the demo needs scikit-learn, which is not installed",
-            "Its handwritten digits are the demo's data.",
-            "pip install 'svdmerge[demo]'",
-        ) from None
     images, digits = cast(tuple[Any, Any], load_digits(return_X_y=True))
     return torch.from_numpy(images).float() / 16, torch.from_numpy(digits).long()
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from svdmerge import demo, demo_models
 from svdmerge.core.params import Action, action_of
 from svdmerge.demo_models import Training, read_examples, rotations, train_model
-from svdmerge.errors import OutputError, ResourceError
+from svdmerge.errors import OutputError
 from svdmerge.recipe import load_recipe
 from svdmerge.storage.checkpoint import open_checkpoint
 
@@ -171,14 +171,6 @@ def test_a_folder_that_the_demo_did_not_make_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="holds something else"):
         train_model(base)
     assert (tmp_path / "base" / "thesis.txt").read_text() == "precious"
-
-
-def test_without_scikit_learn_the_error_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ResourceError, match=r"pip install 'svdmerge\[demo\]'"):
-        demo.run_demo(tmp_path, address="none", settings=TINY)
 
 
 def test_the_written_recipe_is_one_that_run_takes(made: Path) -> None:

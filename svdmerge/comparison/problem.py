@@ -24,6 +24,7 @@ from svdmerge.training.backbone import Inputs, build_backbone, lacking, load_wei
 from svdmerge.training.blend import committed, differences
 from svdmerge.training.data import Examples, draw, load_target
 from svdmerge.training.features import extract
+from svdmerge.training.head import fitted_head
 
 Weights = Mapping[str, Tensor]
 CPU = torch.device("cpu")
@@ -130,17 +131,22 @@ class Problem:
         """Of drawn rows."""
         return self.train.labels[list(rows)]
 
-    def hits(self, key: str, weights: Callable[[], Weights], fit: DiscriminantFit) -> Tensor:
+    def hits(self, key: str, weights: Callable[[], Weights], rows: Sequence[int]) -> Tensor:
         """Whether each test example is classified rightly (bool)."""
-        rows = list(range(len(self.test)))
-        values = self.features(key, weights, part="test", rows=rows)
-        return fit.head.scores(values).argmax(dim=1) == self.test.labels
+        train = self.features(key, weights, part="train", rows=rows)
+        test = self.features(key, weights, part="test", rows=range(len(self.test)))
+        return self.hits_of(train, test, rows)
 
     def fitted_hits(self, weights: Weights, rows: Sequence[int]) -> Tensor:
-        """The same of changed weights, with a head in closed form; nothing is kept."""
-        fit = self.head(self.extracted(weights, part="train", rows=rows), rows)
+        """The same of changed weights; nothing is kept."""
+        train = self.extracted(weights, part="train", rows=rows)
         test = self.extracted(weights, part="test", rows=range(len(self.test)))
-        return fit.head.scores(test).argmax(dim=1) == self.test.labels
+        return self.hits_of(train, test, rows)
+
+    def hits_of(self, train: Tensor, test: Tensor, rows: Sequence[int]) -> Tensor:
+        """The same of features, by the head that svdmerge would give them."""
+        head = fitted_head(train, labels=self.labels(rows), closed=self.head(train, rows))
+        return head.scores(test).argmax(dim=1) == self.test.labels
 
     def extracted(self, weights: Weights, *, part: str, rows: Sequence[int]) -> Tensor:
         """Features (rows, d) under changed weights, not kept."""

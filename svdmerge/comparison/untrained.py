@@ -51,9 +51,8 @@ def model(
     problem: Problem, rows: list[int], key: str, weights: Callable[[], Weights],
     *, sources: Sequence[str], detail: str = "",
 ) -> Result:  # fmt: skip
-    """A model with a head in closed form."""
-    fit = problem.fit(key, weights, rows)
-    hits = problem.hits(key, weights, fit)
+    """A model with the head that svdmerge would give it."""
+    hits = problem.hits(key, weights, rows)
     return Result(hits=hits, sources=tuple(sources), detail=detail)
 
 
@@ -167,9 +166,8 @@ def stacking(problem: Problem, rows: list[int]) -> Result:
     tests = range(len(problem.test))
     train = [problem.features(k, w, part="train", rows=rows) for k, w in models]
     test = [problem.features(k, w, part="test", rows=tests) for k, w in models]
-    found = problem.head(torch.cat(train, dim=1), rows)
-    scores = found.head.scores(torch.cat(test, dim=1))
-    return Result(hits=scores.argmax(dim=1) == problem.test.labels, sources=tuple(problem.sources))
+    hits = problem.hits_of(torch.cat(train, dim=1), torch.cat(test, dim=1), rows)
+    return Result(hits=hits, sources=tuple(problem.sources))
 
 
 def gated(problem: Problem, rows: list[int]) -> Result:

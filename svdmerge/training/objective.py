@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from svdmerge.recipe import TuneConfig
 from svdmerge.training.backbone import Backbone, Inputs
 from svdmerge.training.data import Examples
 from svdmerge.training.features import extract
+from svdmerge.training.head import fitted_head
 from svdmerge.training.language import predict, predictions
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -118,13 +119,12 @@ class Classification:
         """A head in closed form, by leave-one-out."""
         # Every class has an example: reading them checked it.
         num_classes = int(examples.labels.max()) + 1
-        return HeadJudge(
-            fit=discriminant(measured, labels=examples.labels, num_classes=num_classes)
-        )
+        fit = discriminant(measured, labels=examples.labels, num_classes=num_classes)
+        return HeadJudge(fit=fit, features=measured, labels=examples.labels)
 
     def start(self, measured: Tensor, examples: Examples) -> dict[str, Tensor]:
-        """The head in closed form, calibrated on left-out scores."""
-        head = self.judge(measured, examples).fit.head
+        """The head of the frozen model."""
+        head = self.judge(measured, examples).head
         return {"weight": head.weight, "bias": head.bias}
 
     def losses(
@@ -147,9 +147,13 @@ class Classification:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeadJudge:
-    """A head in closed form on frozen features."""
+    """A head on frozen features; held out, that in closed form speaks for it."""
 
     fit: DiscriminantFit
+    features: Tensor
+    labels: Tensor
+    fitted: list[LinearHead] = field(default_factory=list[LinearHead])
+    """The head, once it was asked for: ranking does without."""
 
     @property
     def error(self) -> float:
@@ -164,11 +168,13 @@ class HeadJudge:
     @property
     def head(self) -> LinearHead:
         """The head."""
-        return self.fit.head
+        if not self.fitted:
+            self.fitted.append(fitted_head(self.features, labels=self.labels, closed=self.fit))
+        return self.fitted[0]
 
     def score(self, measured: Tensor, examples: Examples) -> Score:
         """Its accuracy."""
-        return Score(accuracy=self.fit.head.accuracy(measured, labels=examples.labels))
+        return Score(accuracy=self.head.accuracy(measured, labels=examples.labels))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from svdmerge.training.backbone import build_backbone, load_weights
 from svdmerge.training.checkpointing import load_file as load_state
 from svdmerge.training.data import load_target
 from svdmerge.training.features import extract
+from svdmerge.training.head import fitted_head
 from svdmerge.training.result import Row, TuneResult, verdict
 
 CPU = torch.device("cpu")
@@ -68,9 +69,11 @@ def test_each_probe_is_the_head_on_that_models_features(case: Case) -> None:
     for name, model in (("base", case.base), ("merged", case.merged)):
         load_weights(backbone, checkpoint=model, base=case.base)
         train, test = (extract(backbone, e, device=CPU) for e in (target.train, target.test))
-        found = discriminant(train, labels=target.train.labels, num_classes=NUM_CLASSES)
+        labels = target.train.labels
+        found = discriminant(train, labels=labels, num_classes=NUM_CLASSES)
+        head = fitted_head(train, labels=labels, closed=found)
         row = result.row(name)
-        assert row.accuracy == found.head.accuracy(test, labels=target.test.labels)
+        assert row.accuracy == head.accuracy(test, labels=target.test.labels)
         assert row.loo_error == float(found.log_loss.mean())
 
 
