@@ -246,12 +246,19 @@ def shortfalls(unit: SelectUnit) -> list[tuple[str, str, int]]:
         revision: (weight, _spectra(unit.store, unit.base_key, revision, unit.attempt))
         for revision, weight in unit.sources
     }
+    sources = {
+        revision: _committed(unit.store, unit.base_key, revision, unit.attempt)
+        for revision, _ in unit.sources
+    }
     return [
-        (revision, parameter.source_id, depth)
-        for parameter, k in unit.budgets
-        if parameter.action is Action.DECOMPOSE
+        (revision, p.source_id, depth)
+        for p, k in unit.budgets
+        if p.action is Action.DECOMPOSE
         for revision, depth in short_of(
-            listed_spectra(parameter.source_id, spectra), salience=unit.salience, k=k
+            listed_spectra(p.source_id, spectra),
+            stored={revision: source.depth(p.source_id) for revision, source in sources.items()},
+            salience=unit.salience,
+            k=k,
         )
     ]
 

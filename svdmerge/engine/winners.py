@@ -130,21 +130,28 @@ def salience_of(listed: Listed, value: float, *, salience: str) -> float:
     return float(SALIENCES[salience](weighted, fro=listed.spectra[-1].fro)[0])
 
 
-def short_of(listed: Sequence[Listed], *, salience: str, k: int) -> Iterator[tuple[str, int]]:
-    """Sources that may have more among the k most salient of one matrix than what is stored, and
-    how many components each should have then.
+def short_of(
+    listed: Sequence[Listed], *, stored: Mapping[str, int], salience: str, k: int
+) -> Iterator[tuple[str, int]]:
+    """Sources that may have more among the k most salient of one matrix than what is `stored`
+    (components by source), and how many each should have then.
 
     This is the threshold algorithm (Fagin, Lotem, Naor 2003): the k-th of all values seen is the
     cut, and a source is read on only while what it has not shown may lie above it.
     """
     rows = select_matrix(listed, salience=salience, k=k)
-    cut = rows[-1].salience if len(rows) == k else 0.0
+    cut = rows[-1].salience if rows and len(rows) == k else 0.0
     for x in listed:
         values = all_values(x.spectra)
         bound = salience_of(x, x.spectra[-1].bound, salience=salience)
         if len(values) < k and bound > cut:
             last = salience_of(x, float(values[-1]), salience=salience) if len(values) else 0.0
             yield x.source, min(k, expected_depth(values, ratio=last / cut if cut else math.inf))
+        elif (needed := max((r.index + 1 for r in rows if r.source == x.source), default=0)) > (
+            stored[x.source]
+        ):
+            # The exact solver lists all values, and its vectors are stored only as deep as asked.
+            yield x.source, needed
 
 
 def expected_depth(values: Float[np.ndarray, " c"], *, ratio: float) -> int:
