@@ -100,7 +100,7 @@ class Parameters(Section):
     `auto`: what the target's examples ask for."""
     density: Annotated[float, BeforeValidator(parse_density)] | None = None
     """Share of entries that ties, knots, core_space and dare keep; the method's own by default."""
-    svd: Literal["exact", "truncated"] = "exact"
+    svd: Literal["adaptive", "exact"] = "adaptive"
     """Solver: a full SVD, or a randomized one of just the needed depth."""
 
 

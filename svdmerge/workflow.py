@@ -77,12 +77,19 @@ class Run:
         self._save_report()
         return self.report
 
-    def decompose(self) -> None:
-        """Store the components that are not stored yet."""
+    def decompose(self, *, whole: bool = False) -> None:
+        """Store the components that the selection needs and are not stored yet; `whole`: all that
+        each source could give by itself."""
         self.plan.run_folder.put("plan.json", _plan_json(self.plan))
         self._timed(
             "decompose",
-            lambda: decompose(self.plan, runtime=self._runtime, progress=self._progress),
+            lambda: decompose(
+                self.plan,
+                attempt=self._attempt,
+                runtime=self._runtime,
+                progress=self._progress,
+                whole=whole,
+            ),
         )
 
     def rank(self, config: TuneConfig | None = None) -> None:
@@ -92,8 +99,8 @@ class Run:
             RecipeError: there are no examples.
             TrainingError: they cannot be used.
         """
-        if next(pending(self.plan), None):
-            self.decompose()
+        if next(pending(self.plan, whole=True), None):
+            self.decompose(whole=True)
         self._timed("rank", lambda: self._rank(self._targeting(config)))
 
     def adapt(self) -> None:

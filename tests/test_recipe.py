@@ -254,7 +254,7 @@ def recipes() -> st.SearchStrategy[dict[str, Any]]:
             "k": st.one_of(st.integers(1, 10**6), st.floats(1e-6, 1.0)),
             "salience": st.sampled_from(["sigma", "relative"]),
             "scale": weight,
-            "svd": st.sampled_from(["exact", "truncated"]),
+            "svd": st.sampled_from(["adaptive", "exact"]),
         },
     )
     return st.fixed_dictionaries(
@@ -384,7 +384,7 @@ def test_everything_that_numbers_depend_on_changes_the_digest() -> None:
         {"parameters": {"k": 1.0}},
         {"parameters": {"salience": "relative"}},
         {"parameters": {"scale": 0.5}},
-        {"parameters": {"svd": "truncated"}},
+        {"parameters": {"svd": "exact"}},
         {"policies": [rule]},
         {"policies": [rule, other]},
         {"policies": [other, rule]},

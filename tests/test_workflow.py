@@ -31,7 +31,7 @@ from merging import (
 from safetensors.torch import load_file
 
 from svdmerge.engine import tasks
-from svdmerge.engine.decompose import pending
+from svdmerge.engine.decompose import load_source, pending
 from svdmerge.engine.runtime import InProcess, open_runtime
 from svdmerge.errors import ContentError, OutputError, ResourceError, StoreError
 from svdmerge.storage.filesystem import Folder
@@ -189,24 +189,25 @@ def test_both_methods_share_a_store_without_mixing(bench: Bench) -> None:
     assert outcome(bench.out) == average
 
 
-def test_a_truncated_svd_merges_as_the_exact_one(tmp_path: Path) -> None:
-    def model(folder: str, seed: int, start: torch.Tensor | None = None) -> Path:
+def test_the_adaptive_solver_merges_as_the_exact_one_and_stores_little(tmp_path: Path) -> None:
+    def model(folder: str, seed: int, start: torch.Tensor | float = 0.0, size: float = 1.0) -> Path:
         generator = torch.Generator().manual_seed(seed)
-        dense = torch.randn(120, 90, generator=generator, dtype=torch.float64)
-        if start is not None:
-            u, _, vh = torch.linalg.svd(dense, full_matrices=False)
-            dense = start + (u * 0.9 ** torch.arange(90)) @ vh
-        return tiny.write_model(tmp_path / folder, {"a.weight": dense})
+        dense = torch.randn(220, 180, generator=generator, dtype=torch.float64)
+        u, _, vh = torch.linalg.svd(dense, full_matrices=False)
+        change = (u * size * torch.arange(1, 181) ** -0.7) @ vh
+        return tiny.write_model(tmp_path / folder, {"a.weight": start + change})
 
     base = model("base", 0)
-    start = tiny.read_model(base)["a.weight"]
-    sources = tuple(model(f"source-{i}", i, start) for i in (1, 2, 3))
+    start = tiny.read_model(base)["a.weight"].double()
+    sources = tuple(model(f"{i}", i, start, size=3.0 if i == 1 else 1.0) for i in (1, 2, 3, 4))
     bench = Bench(root=tmp_path, base=base, sources=sources)
-    changes = {"parameters": {"k": 12, "svd": "truncated"}}
+    changes = {"parameters": {"k": 36}}
     bench.run(**changes)
-    assert_is_axis(bench, changes, k=12)
-    stored = sum(f.stat().st_size for f in (bench.store / "components").rglob("*.arrow"))
-    assert stored < 3 * 4 * 90 * 211  # less than three full decompositions
+    assert_is_axis(bench, changes, k=36)
+    plan = bench.plan(**changes)
+    held = {Path(s.reference).name: load_source(plan, s).held("a.weight") for s in plan.sources}
+    # One block of each; the loud one's seventeenth component counts too.
+    assert held == {"1": 48, "2": 16, "3": 16, "4": 16}
 
 
 # --- policies, dtypes, files ---

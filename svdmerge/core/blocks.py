@@ -32,6 +32,8 @@ FLAT = 0.7
 MIN_STEPS, RANK_PER_STEP = 10, 64
 
 
+# What a block says of its solver if that finds all that is left.
+EXACT = "exact"
 # Of eps * max(m, n) * s_0 in float64, below which nothing is left: what `exact` calls zero, with
 # the certificate's own rounding.
 NOTHING = 8.0
@@ -72,7 +74,12 @@ def next_block(
             block = _iterated(delta, dtype, known(), fro=fro, seed=seed)
             if len(block.components) or block.bound == 0.0:
                 return block
-    return Block(components=_rest(delta, stored), bound=0.0, solver="exact")
+    return exact_block(delta, stored=stored)
+
+
+def exact_block(delta: Float[Tensor, "m n"], *, stored: RankOneComponents) -> Block:
+    """All components that follow those stored, by LAPACK in float64."""
+    return Block(components=_rest(delta, stored), bound=0.0, solver=EXACT)
 
 
 def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:

@@ -15,7 +15,7 @@ CHI_SQUARED = 0.5831
 # Lanczos steps. On power-law spectra the bound is then 1.2 times what it bounds, with four 1.1.
 STEPS = 3
 # Points from the largest Ritz value to a multiple of it, at which the bound is looked for, twice:
-# the second time between two of the first. It ends less than a thousandth above where it could.
+# the second time between two of the first. It ends no more than 0.4 % above where it could, in t.
 POINTS, REACH = 64, 16.0
 # Of eps * ||A||_F: what rounding of the products may hide.
 ROUNDING = 4.0
@@ -71,13 +71,17 @@ def _largest(
     squares: Float[Tensor, " b"], diagonal: Float[Tensor, "k b"], off: Float[Tensor, "k b"]
 ) -> float:
     """A little above the largest t at which the minima add up to CHI_SQUARED."""
-    low = float(diagonal.max())
-    high = low * REACH
+    # Beyond all zeros of the p_k the minima only fall; before, they may dip and rise again at the
+    # very value that is looked for.
+    tridiagonal = torch.diag_embed(diagonal.T)
+    for i, beta in enumerate(off[:-1]):
+        tridiagonal[:, i, i + 1] = tridiagonal[:, i + 1, i] = beta
+    low = float(torch.linalg.eigvalsh(tridiagonal).max())
+    high = max(low * REACH, torch.finfo(torch.float32).tiny)
     while float(_minima(diagonal.new_tensor([high]), squares, diagonal, off)) >= CHI_SQUARED:
         high *= 2.0
     for _ in range(2):
         points = torch.linspace(low, high, POINTS, dtype=diagonal.dtype, device=diagonal.device)
-        # The minima fall beyond the largest Ritz value: the first point past the last that reaches.
         past = int((_minima(points, squares, diagonal, off) >= CHI_SQUARED).sum())
         low, high = float(points[max(past - 1, 0)]), float(points[min(past, POINTS - 1)])
     return high

@@ -1,4 +1,4 @@
-"""Singular value decompositions of a difference: exact, and randomized to a given depth."""
+"""Exact singular value decompositions, with what all solvers share: signs and seeds."""
 
 import hashlib
 
@@ -8,10 +8,6 @@ from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
 
-# Power iterations, Halko et al. 4.4: the error of a slow spectrum falls with (s_l/s_k)^(2q+1).
-PASSES = 4
-# Extra columns of the sketch beyond the wanted depth (Halko et al. 4.2 suggest 5 to 10).
-OVERSAMPLE = 8
 # Share of a merged difference's Frobenius norm that its factors may leave out: that of rounding
 # them to float32, in which they are stored.
 LEFT_OUT = 1e-7
@@ -36,24 +32,6 @@ def factors(matrix: Float[Tensor, "m n"]) -> RankOneComponents:
     # Norms of what each depth leaves out, summed from the smallest: exact for tiny tails.
     rest = (found.s**2).flip(0).cumsum(0).flip(0).sqrt()
     return found.slice(0, int((rest > LEFT_OUT * rest[:1]).sum()))
-
-
-def truncated(matrix: Float[Tensor, "m n"], *, depth: int, seed: int) -> RankOneComponents:
-    """The leading `depth` components by randomized subspace iteration, singular values descending.
-
-    Reference: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
-    """
-    a = matrix.to(torch.float64)
-    width = min(depth + OVERSAMPLE, min(a.shape))
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(a.shape[1], width, generator=generator, dtype=a.dtype)
-    q = torch.linalg.qr(a @ sketch).Q
-    for _ in range(PASSES):
-        # Orthonormalised after every product: without it the small directions drown in rounding.
-        q = torch.linalg.qr(a @ torch.linalg.qr(a.T @ q).Q).Q
-    inner = exact(q.T @ a)
-    found = RankOneComponents(u=q @ inner.u, s=inner.s, vh=inner.vh).slice(0, depth)
-    return fix_signs(found)
 
 
 def seed_of(parameter: str, *, m: int, n: int, block: int) -> int:

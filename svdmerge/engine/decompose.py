@@ -1,14 +1,18 @@
 """Decompose: every source's differences into stored components, less what is stored already."""
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from svdmerge.core.params import Parameter
 from svdmerge.engine import tasks
 from svdmerge.engine.plan import Plan, Source, unit_bytes
 from svdmerge.engine.runtime import Runtime
+from svdmerge.engine.select import select_units
 from svdmerge.progress import Progress
 from svdmerge.storage import layout
+from svdmerge.storage.layout import BLOCK
 from svdmerge.storage.manifest import Committed
 
 
@@ -21,27 +25,38 @@ def load_source(plan: Plan, source: Source) -> Committed:
     )
 
 
-def pending(plan: Plan) -> Iterator[tasks.DecomposeUnit]:
-    """The units whose components are not committed yet."""
+def pending(plan: Plan, *, whole: bool = False) -> Iterator[tasks.DecomposeUnit]:
+    """The units that nothing is known of yet: the first block of every matrix, or all components
+    that a merge could take where sources do not compete, or `whole` asks for them."""
+    shared = plan.is_shared and not whole
+
+    def wanted(_: Source, parameter: Parameter) -> int:
+        return min(plan.depth(parameter), BLOCK) if shared else plan.depth(parameter)
+
+    yield from _units(plan, wanted)
+
+
+def _units(plan: Plan, wanted: Callable[[Source, Parameter], int]) -> Iterator[tasks.DecomposeUnit]:
+    """What is missing to have so many components of each source's matrices."""
     for source in plan.sources:
         committed = load_source(plan, source)
         for number, group in enumerate(plan.groups):
             # A matrix stored to a lesser depth goes on from there; the rest of its group is done.
-            by_first: dict[int, list[Parameter]] = defaultdict(list)
+            by_first: dict[int, list[tuple[Parameter, int]]] = defaultdict(list)
             for parameter in group:
                 first = committed.depth(parameter.source_id)
-                if first < plan.depth(parameter):
-                    by_first[first].append(parameter)
-            for first, parameters in sorted(by_first.items()):
-                yield _unit(plan, source, parameters, first=first, number=number)
+                if first < (depth := wanted(source, parameter)):
+                    by_first[first].append((parameter, depth))
+            for first, items in sorted(by_first.items()):
+                yield _unit(plan, source, items, first=first, number=number)
 
 
 def _unit(
-    plan: Plan, source: Source, parameters: list[Parameter], *, first: int, number: int
+    plan: Plan, source: Source, wanted: list[tuple[Parameter, int]], *, first: int, number: int
 ) -> tasks.DecomposeUnit:
     return tasks.DecomposeUnit(
         name=f"decompose {source.reference} [{number + 1}/{len(plan.groups)}]",
-        memory_bytes=unit_bytes(plan, parameters),
+        memory_bytes=unit_bytes(plan, [p for p, _ in wanted]),
         threads=plan.recipe.resources.threads,
         store=plan.store,
         base_key=plan.base_key,
@@ -53,15 +68,44 @@ def _unit(
                 parameter=p,
                 source=source.checkpoint.tensors[p.tensor],
                 base=plan.base.tensors[p.tensor],
+                wanted=depth,
                 depth=plan.depth(p),
             )
-            for p in parameters
+            for p, depth in wanted
         ),
         solver=plan.recipe.parameters.svd,
     )
 
 
-def decompose(plan: Plan, *, runtime: Runtime, progress: Progress) -> list[tasks.Receipt]:
-    """Receipts of the units that were decomposed now; those committed before are not among them."""
-    units = list(pending(plan))
-    return runtime.map(tasks.decompose, units, stage="decompose", progress=progress)
+def shortfalls(
+    plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress
+) -> dict[tuple[str, str], int]:
+    """How many components of a source (revision) and matrix must be there for the selection to be
+    certain, where fewer are."""
+    units = list(select_units(plan, attempt=attempt))
+    found = runtime.map(tasks.shortfalls, units, stage="threshold", progress=progress)
+    return {(revision, name): depth for part in found for revision, name, depth in part}
+
+
+def decompose(
+    plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress, whole: bool = False
+) -> list[tasks.Receipt]:
+    """Receipts of the units that were decomposed now; those committed before are not among them.
+
+    Rounds: a block of every matrix first, then more of those sources whose bound exceeds the cut,
+    until none does.
+    """
+    units, receipts = list(pending(plan, whole=whole)), list[tasks.Receipt]()
+    for number in itertools.count():
+        receipts += runtime.map(tasks.decompose, units, stage="decompose", progress=progress)
+        if whole or not plan.is_shared:
+            break
+        short = shortfalls(plan, attempt=f"{attempt}-{number}", runtime=runtime, progress=progress)
+        units = list(_units(plan, partial(_depth, short)))
+        if not units:
+            break
+    return receipts
+
+
+def _depth(depths: Mapping[tuple[str, str], int], source: Source, parameter: Parameter) -> int:
+    return depths.get((source.revision, parameter.source_id), 0)

@@ -72,9 +72,7 @@ class Plan:
     @property
     def base_key(self) -> str:
         """The base's revision with the settings that stored numbers depend on."""
-        solver = self.recipe.parameters.svd
-        depth = self.recipe.parameters.k if solver == "truncated" else None
-        return layout.base_key(self.base.revision, solver=solver, depth=depth)
+        return layout.base_key(self.base.revision, solver=self.recipe.parameters.svd)
 
     @property
     def scale(self) -> float:
@@ -102,11 +100,13 @@ class Plan:
         return self.method.of_each(self.budget(parameter), num_sources=len(self.sources))
 
     def depth(self, parameter: Parameter) -> int:
-        """Components stored of each source: what it can give in whole blocks, at most the rank."""
-        # What a sketch finds depends on its depth: that must not follow the number of sources.
-        sketched = self.recipe.parameters.svd == "truncated"
-        needed = self.budget(parameter) if sketched else self.of_each(parameter)
-        return min(parameter.rank, -(-needed // BLOCK) * BLOCK)
+        """The most components stored of each source: what it can give, in whole blocks."""
+        return min(parameter.rank, -(-self.of_each(parameter) // BLOCK) * BLOCK)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether sources compete for a budget, so that few of each may do."""
+        return self.method.takes is Takes.POOLED and not self.recipe.is_targeted
 
     def num_given(self, parameter: Parameter) -> int:
         """The most components that all sources together give."""

@@ -34,7 +34,7 @@ def choose_components(
 
     Scope `layer` makes matrices independent, so the reduce is a map over ranges of matrices.
     """
-    units = list(_units(plan, attempt=attempt))
+    units = list(select_units(plan, attempt=attempt))
     parts = runtime.map(tasks.select, units, stage="select", progress=progress)
     return pa.concat_tables([schema.SELECTION.empty_table(), *(_table(part) for part in parts)])
 
@@ -94,7 +94,8 @@ def _table(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
     )
 
 
-def _units(plan: Plan, *, attempt: str) -> Iterator[tasks.SelectUnit]:
+def select_units(plan: Plan, *, attempt: str) -> Iterator[tasks.SelectUnit]:
+    """Ranges of matrices, each with the spectra of all sources."""
     step = max(1, SPECTRA_PER_UNIT // max(1, len(plan.sources)))
     for i, part in enumerate(_chunks(plan.parameters, step)):
         yield tasks.SelectUnit(

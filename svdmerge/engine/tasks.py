@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from svdmerge.core import svd
 from svdmerge.core.components import RankOneComponents, flat, none
 from svdmerge.core.delta import all_finite, delta
 from svdmerge.core.methods.merging import Merging, Part
 from svdmerge.core.methods.registry import Takes
 from svdmerge.core.params import Action, Parameter
+from svdmerge.engine.solve import Solved, Stored, solve, stored_of
 from svdmerge.engine.winners import (
     SpectraByMatrix,
     listed_spectra,
     select_all,
     select_components,
+    short_of,
 )
 from svdmerge.errors import ContentError, SolverError
 from svdmerge.storage import layout, schema
@@ -29,7 +30,7 @@ from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
 from svdmerge.storage.manifest import Committed, Covered, put_unit
-from svdmerge.storage.shards import Rows, Spectrum
+from svdmerge.storage.shards import Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +48,12 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """A matrix of one source to decompose, from component `first` to `depth` - 1."""
+    """A matrix of one source to decompose: `wanted` components for now, `depth` at most ever."""
 
     parameter: Parameter
     source: TensorRef
     base: TensorRef
+    wanted: int
     depth: int
 
 
@@ -67,6 +69,7 @@ class DecomposeUnit:
     revision: str
     reference: str
     first: int
+    """Components of each that are stored already."""
     items: tuple[Item, ...]
     solver: str
 
@@ -77,38 +80,21 @@ def decompose(unit: DecomposeUnit) -> Receipt:
     Raises:
         ContentError: NaN or Inf in a tensor, or an integer buffer that differs from the base's.
         SolverError: an SVD did not converge.
+        StoreError: what is stored already is damaged.
     """
     start = time.perf_counter()
-    rows, spectra, covered = list[Rows](), list[Spectrum](), list[Covered]()
-    for item in unit.items:
-        source, base = _read(item.source, item.parameter), _read(item.base, item.parameter)
-        digest = hashlib.sha256(source).hexdigest()
-        covered.append(
-            Covered(
-                parameter=item.parameter.source_id,
-                first=unit.first,
-                depth=item.depth,
-                source_sha256=digest,
-                base_sha256=hashlib.sha256(base).hexdigest(),
-            )
-        )
-        if item.parameter.action is Action.EQUAL:
-            _check_equal(unit, item, source == base)
-            continue
-        found = _components(unit, item, _delta(unit, item, source, base))
-        rows.append(found[0])
-        spectra.append(_spectrum(item, found[1], digest, first=unit.first))
+    before = _load(unit.store, unit.base_key, unit.revision) if unit.first else None
+    solved = [_decomposed(unit, item, before) for item in unit.items]
     # With the depths: another budget may reach the same last component with other matrices shorter.
-    group = layout.group_key(f"{i.parameter.source_id} {i.depth}" for i in unit.items)
-    last = max(i.depth for i in unit.items) - 1
-    place = f"{group}/{unit.first}-{last}"
+    group = layout.group_key(f"{i.parameter.source_id} {i.wanted} {i.depth}" for i in unit.items)
+    place = f"{group}/{unit.first}-{max(i.wanted for i in unit.items) - 1}"
     commit = put_unit(
         unit.store,
         data_prefix=f"{layout.components_path(unit.base_key, unit.revision)}/{place}",
         commit_path=f"{layout.commits_path(unit.base_key, unit.revision)}/{place}.json",
-        rows=rows,
-        spectra=spectra,
-        covered=covered,
+        rows=[row for found, _ in solved if found for row in found.rows],
+        spectra=[spectrum for found, _ in solved if found for spectrum in found.spectra],
+        covered=[covered for _, covered in solved],
         solver=unit.solver,
         numerics=f"cpu/{torch.backends.cpu.get_cpu_capability()}/torch-{torch.__version__}"
         f"/threads-{unit.threads}",
@@ -124,6 +110,44 @@ def decompose(unit: DecomposeUnit) -> Receipt:
         seconds=time.perf_counter() - start,
         peak_rss_bytes=_peak_rss_bytes(),
     )
+
+
+def _decomposed(
+    unit: DecomposeUnit, item: Item, before: Committed | None
+) -> tuple[Solved | None, Covered]:
+    """What is found of one matrix and what that covers; nothing, if it must be the base's."""
+    p = item.parameter
+    source, base = _read(item.source, p), _read(item.base, p)
+    digest = hashlib.sha256(source).hexdigest()
+    solved = None
+    if p.action is Action.EQUAL:
+        _check_equal(unit, item, source == base)
+    else:
+        solved = _solved(unit, item, _delta(unit, item, source, base), digest, before)
+    covered = Covered(
+        parameter=p.source_id,
+        first=unit.first,
+        depth=solved.depth if solved else item.depth,
+        source_sha256=digest,
+        base_sha256=hashlib.sha256(base).hexdigest(),
+    )
+    return solved, covered
+
+
+def _solved(
+    unit: DecomposeUnit, item: Item, d: torch.Tensor, digest: str, before: Committed | None
+) -> Solved:
+    p = item.parameter
+    stored = stored_of(before, p) if before else Stored(blocks=none(p.m, p.n))
+    try:
+        return solve(
+            d, parameter=p, stored=stored, wanted=item.wanted, depth=item.depth,
+            solver=unit.solver, digest=digest,
+        )  # fmt: skip
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise SolverError(
+            f"{unit.reference}: {p.id}: the SVD did not converge", str(error)
+        ) from error
 
 
 def _peak_rss_bytes() -> int:
@@ -158,57 +182,14 @@ def _delta(unit: DecomposeUnit, item: Item, source: bytes, base: bytes) -> torch
     return delta(tensors[0], base=tensors[1])
 
 
-def _components(
-    unit: DecomposeUnit, item: Item, d: torch.Tensor
-) -> tuple[Rows, tuple[RankOneComponents, float, float]]:
-    """What is stored, and (all components found, ||D||_F, bound on values not found)."""
-    p, fro = item.parameter, float(torch.linalg.vector_norm(d))
-    if p.action is not Action.DECOMPOSE:
-        c = flat(d.reshape(1, -1))
-        return Rows(parameter=p.source_id, kind="flat", first=0, components=c), (c, fro, 0.0)
-    found, bound = _solve(unit, item, d, fro=fro)
-    # Exact zeros are no components: an untouched matrix stores nothing and takes no slot.
-    rank = int((found.s > 0).sum())
-    kept = found.slice(unit.first, max(unit.first, min(item.depth, rank)))
-    rows = Rows(parameter=p.id, kind="svd", first=unit.first, components=kept)
-    return rows, (found.slice(0, rank), fro, bound)
-
-
-def _solve(
-    unit: DecomposeUnit, item: Item, d: torch.Tensor, *, fro: float
-) -> tuple[RankOneComponents, float]:
-    p = item.parameter
-    try:
-        if unit.solver == "exact":
-            return svd.exact(d), 0.0
-        seed = svd.seed_of(p.id, m=p.m, n=p.n, block=0)
-        found = svd.truncated(d, depth=item.depth, seed=seed)
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-        raise SolverError(
-            f"{unit.reference}: {p.id}: the SVD did not converge", str(error)
-        ) from error
-    # What is left in the Frobenius norm bounds each value not found: loose, but certain. What the
-    # rounding of both sums leaves is none: a matrix of low rank is found whole.
-    rest = fro**2 - float((found.s**2).sum())
-    rounding = fro**2 * max(p.m, p.n) * torch.finfo(torch.float64).eps
-    return found, rest**0.5 if rest > rounding else 0.0
-
-
-def _spectrum(
-    item: Item, found: tuple[RankOneComponents, float, float], digest: str, *, first: int
-) -> Spectrum:
-    components, fro, bound = found
-    return Spectrum(
-        parameter=item.parameter.source_id, sha256=digest, m=item.parameter.m, n=item.parameter.n,
-        fro=fro, bound=bound, first=first,
-        s=components.s[first:].to(torch.float32).numpy(),
-    )  # fmt: skip
-
-
 @lru_cache(maxsize=256)
 def _committed(store: Folder, base_key: str, revision: str, attempt: str) -> Committed:
     """A source's commits, read once per process and attempt: they only grow between attempts."""
     del attempt
+    return _load(store, base_key, revision)
+
+
+def _load(store: Folder, base_key: str, revision: str) -> Committed:
     return Committed.load(
         store,
         commits=layout.commits_path(base_key, revision),
@@ -257,6 +238,29 @@ def select(unit: SelectUnit) -> dict[str, list[Any]]:
             for name, value in ({"parameter": key, "rank": rank} | asdict(row)).items():
                 columns[name].append(value)
     return columns
+
+
+def shortfalls(unit: SelectUnit) -> list[tuple[str, str, int]]:
+    """Source, matrix and depth to go to, wherever what is not stored might be selected."""
+    spectra = {
+        revision: (weight, _spectra(unit.store, unit.base_key, revision, unit.attempt))
+        for revision, weight in unit.sources
+    }
+    sources = {
+        revision: _committed(unit.store, unit.base_key, revision, unit.attempt)
+        for revision, _ in unit.sources
+    }
+    return [
+        (revision, p.source_id, depth)
+        for p, k in unit.budgets
+        if p.action is Action.DECOMPOSE
+        for revision, depth in short_of(
+            listed_spectra(p.source_id, spectra),
+            stored={revision: source.depth(p.source_id) for revision, source in sources.items()},
+            salience=unit.salience,
+            k=k,
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,11 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from svdmerge.core.methods.registry import Takes
 from svdmerge.core.params import Action, budget
-from svdmerge.core.salience import SALIENCES
 from svdmerge.engine.decompose import load_source
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.winners import (
@@ -17,6 +14,7 @@ from svdmerge.engine.winners import (
     Selected,
     SpectraByMatrix,
     listed_spectra,
+    salience_of,
     select_components,
 )
 from svdmerge.errors import RecipeError, StoreError
@@ -87,7 +85,8 @@ def _outcome(plan: Plan, k: int | float, spectra: dict[str, SpectraByMatrix]) ->
         total += sum(x.spectra[0].fro ** 2 for x in listed)
         size += 4 * min(len(rows), parameter.rank) * (parameter.m + parameter.n + 1)
         certain &= all(
-            _largest_unlisted(x, salience=salience) <= _cut(x, rows, takes=takes, k=wanted)
+            salience_of(x, x.spectra[-1].bound, salience=salience)
+            <= _cut(x, rows, takes=takes, k=wanted)
             for x in listed
         )
     return Outcome(
@@ -104,10 +103,3 @@ def _cut(listed: Listed, rows: Sequence[Selected], *, takes: Takes, k: int) -> f
     if len(rivals) < k:
         return 0.0
     return rivals[-1].salience if takes is Takes.POOLED else math.inf
-
-
-def _largest_unlisted(listed: Listed, *, salience: str) -> float:
-    """The most salience that a value which is not stored can have."""
-    last = listed.spectra[-1]
-    bound = np.array([last.bound * listed.weight])
-    return float(SALIENCES[salience](bound, fro=last.fro)[0])

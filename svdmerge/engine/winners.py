@@ -1,15 +1,19 @@
 """Who wins in one matrix: stored values of all sources, ranked in a total order."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from svdmerge.core.methods.registry import Takes
 from svdmerge.core.salience import SALIENCES
 from svdmerge.core.topk import top_k
 from svdmerge.storage.shards import Spectrum
 
+# By how much a source's depth grows in a round at most: what is expected that far ahead is a guess.
+MOST_GROWTH = 4
 SpectraByMatrix = Mapping[str, list[Spectrum]]
 
 
@@ -109,9 +113,58 @@ def select_matrix(listed: Sequence[Listed], *, salience: str, k: int) -> list[Se
 
 
 def all_values(spectra: Sequence[Spectrum]) -> np.ndarray:
-    """A matrix's singular values from the first on, from records that may overlap."""
+    """A matrix's singular values from the first on, from records that may overlap.
+
+    Each block's are within tolerance of their own: where two overlap, the running minimum.
+    """
     values = np.zeros(0, np.float32)
     for part in spectra:
         if part.first <= len(values):
             values = np.concatenate([values, part.s[len(values) - part.first :]])
-    return values
+    return np.minimum.accumulate(values)
+
+
+def salience_of(listed: Listed, value: float, *, salience: str) -> float:
+    """What a singular value of this source counts for."""
+    weighted = np.array([value * listed.weight])
+    return float(SALIENCES[salience](weighted, fro=listed.spectra[-1].fro)[0])
+
+
+def short_of(
+    listed: Sequence[Listed], *, stored: Mapping[str, int], salience: str, k: int
+) -> Iterator[tuple[str, int]]:
+    """Sources that may have more among the k most salient of one matrix than what is `stored`
+    (components by source), and how many each should have then.
+
+    This is the threshold algorithm (Fagin, Lotem, Naor 2003): the k-th of all values seen is the
+    cut, and a source is read on only while what it has not shown may lie above it.
+    """
+    rows = select_matrix(listed, salience=salience, k=k)
+    cut = rows[-1].salience if rows and len(rows) == k else 0.0
+    for x in listed:
+        values = all_values(x.spectra)
+        bound = salience_of(x, x.spectra[-1].bound, salience=salience)
+        if len(values) < k and bound > cut:
+            last = salience_of(x, float(values[-1]), salience=salience) if len(values) else 0.0
+            yield x.source, min(k, expected_depth(values, ratio=last / cut if cut else math.inf))
+        elif (needed := max((r.index + 1 for r in rows if r.source == x.source), default=0)) > (
+            stored[x.source]
+        ):
+            # The exact solver lists all values, and its vectors are stored only as deep as asked.
+            yield x.source, needed
+
+
+def expected_depth(values: Float[np.ndarray, " c"], *, ratio: float) -> int:
+    """About how many values a source has above the cut, of which the last known is `ratio` times:
+    by the power law through the last one and that in the middle, at least one more than known.
+
+    What is stored does not depend on it, only the number of rounds.
+    """
+    count = len(values)
+    if ratio <= 1.0 or count < 2:
+        return count + 1
+    slope = np.log(values[count // 2 - 1] / values[-1]) / np.log(count / (count // 2))
+    most = MOST_GROWTH * count
+    return (
+        most if ratio >= MOST_GROWTH**slope else max(count + 1, int(count * ratio ** (1 / slope)))
+    )

@@ -5,16 +5,16 @@ import json
 from collections.abc import Iterable
 
 # Of every record and schema in the store. It is part of all keys: another version starts afresh.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Components per batch: the unit of depth and of reading. Winners of a source are few (about 5 of
 # 384 on real deltas), so a block is small, yet wide enough for level-3 BLAS in iterative solvers.
 BLOCK = 16
 
 
-def base_key(revision: str, *, solver: str, depth: int | float | None) -> str:
+def base_key(revision: str, *, solver: str) -> str:
     """Key of all components of a base: its revision and what their numbers depend on."""
-    fields = [SCHEMA_VERSION, revision, solver, depth]
+    fields = [SCHEMA_VERSION, revision, solver]
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
 
 

@@ -58,6 +58,8 @@ class Spectrum:
     bound: float
     first: int
     s: np.ndarray
+    solver: str
+    """What found them."""
 
 
 def encode(rows: Iterable[Rows]) -> tuple[bytes, tuple[Block, ...]]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from svdmerge.core import svd
 from svdmerge.core.components import RankOneComponents
-from svdmerge.core.svd import exact, seed_of, truncated
+from svdmerge.core.svd import exact, seed_of
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -112,106 +112,6 @@ def test_exact_gives_the_same_bits_every_time() -> None:
     assert torch.equal(one.u, other.u)
     assert torch.equal(one.s, other.s)
     assert torch.equal(one.vh, other.vh)
-
-
-# --- truncated ---
-
-
-@cases
-def test_truncated_rebuilds_the_matrix_nearly_as_well_as_any_of_its_rank_can(
-    kind: str, m: int, n: int
-) -> None:
-    p = case(kind, m, n)
-    depth = min(6, min(m, n))
-    c = truncated(p.matrix, depth=depth, seed=1)
-    assert len(c) == depth
-    remainder = float(torch.linalg.matrix_norm(p.matrix - c.dense(), ord=2))
-    best = float(p.s[depth]) if depth < len(p.s) else 0.0
-    assert remainder <= 1.001 * best + 4 * rounding(p)
-
-
-@cases
-def test_truncated_values_are_the_leading_ones_and_never_above_them(
-    kind: str, m: int, n: int
-) -> None:
-    p = case(kind, m, n)
-    depth = min(6, min(m, n))
-    c = truncated(p.matrix, depth=depth, seed=1)
-    # Halko et al. 4.5: four passes over a spectrum that halves within the oversampling.
-    assert torch.all((c.s - p.s[:depth]).abs() <= 1e-5 * p.s[:depth] + rounding(p))
-    # Values of a projection never exceed the matrix's.
-    assert torch.all(c.s <= p.s[:depth] + rounding(p))
-    assert torch.all(c.s[:-1] >= c.s[1:])
-
-
-@cases
-def test_truncated_vectors_are_orthonormal_with_fixed_signs(kind: str, m: int, n: int) -> None:
-    c = truncated(case(kind, m, n).matrix, depth=min(6, m, n), seed=1)
-    assert off_orthonormal(c.u) <= 100 * EPS * max(m, n)
-    assert off_orthonormal(c.vh.T) <= 100 * EPS * max(m, n)
-    assert_signs_are_fixed(c)
-
-
-@pytest.mark.parametrize("kind", ["low-rank", "rank-deficient", "ill-conditioned"])
-def test_truncated_equals_exact_where_the_spectrum_falls_fast(kind: str) -> None:
-    p = case(kind, 40, 30)
-    full, part = exact(p.matrix).slice(0, 5), truncated(p.matrix, depth=5, seed=3)
-    assert torch.all((part.s - full.s).abs() <= rounding(p))
-    assert torch.linalg.matrix_norm(part.dense() - full.dense()) <= 1e-9 * float(p.s[0])
-
-
-def worst_value_error(p: Planted, *, depth: int) -> float:
-    c = truncated(p.matrix, depth=depth, seed=7)
-    return float(((p.s[:depth] - c.s) / p.s[:depth]).max())
-
-
-def test_the_passes_earn_their_cost_on_a_slow_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = planted(torch.arange(1, 201, dtype=torch.float64) ** -0.5, m=300, n=200)
-    assert worst_value_error(p, depth=10) < 0.01
-    monkeypatch.setattr(svd, "PASSES", 0)
-    assert worst_value_error(p, depth=10) > 0.25
-
-
-def test_the_extra_columns_earn_their_cost_on_a_slow_spectrum(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    p = planted(torch.arange(1, 201, dtype=torch.float64) ** -0.5, m=300, n=200)
-    with_extra = worst_value_error(p, depth=10)
-    monkeypatch.setattr(svd, "OVERSAMPLE", 0)
-    assert worst_value_error(p, depth=10) > 5 * with_extra
-
-
-def test_orthonormalising_each_pass_keeps_values_far_below_the_first() -> None:
-    # Nine products with a condition of 1e7 would square small directions out of float64.
-    s = torch.cat([torch.tensor([1.0]), torch.full((4,), 1e-7, dtype=torch.float64)])
-    p = planted(s, m=50, n=40)
-    c = truncated(p.matrix, depth=5, seed=0)
-    assert torch.all((c.s - p.s[:5]).abs() <= rounding(p))
-
-
-def test_the_same_seed_gives_the_same_bits_and_another_the_same_values() -> None:
-    p = case("power-law", 40, 30)
-    one, same, other = (truncated(p.matrix, depth=6, seed=s) for s in (5, 5, 6))
-    assert torch.equal(one.u, same.u)
-    assert torch.equal(one.vh, same.vh)
-    assert torch.equal(one.s, same.s)
-    assert torch.all((one.s - other.s).abs() <= 1e-5 * p.s[:6])
-
-
-def test_the_sketch_leaves_the_global_random_state_alone() -> None:
-    torch.manual_seed(11)
-    expected = torch.rand(3)
-    torch.manual_seed(11)
-    truncated(case("power-law", 40, 30).matrix, depth=4, seed=5)
-    assert torch.equal(torch.rand(3), expected)
-
-
-@pytest.mark.parametrize("depth", [30, 31, 1000])
-def test_more_depth_than_there_is_gives_all_there_is(depth: int) -> None:
-    p = case("power-law", 40, 30)
-    c = truncated(p.matrix, depth=depth, seed=0)
-    assert len(c) == 30
-    assert torch.all((c.s - p.s).abs() <= rounding(p))
 
 
 # --- seeds ---

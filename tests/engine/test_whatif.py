@@ -20,7 +20,7 @@ def listed(name: str, s: list[float], *, weight: float = 1.0, bound: float = 0.0
     values = np.array(s, np.float32)
     spectrum = Spectrum(
         parameter="x", sha256=name, m=8, n=8, fro=float(np.linalg.norm(values)), bound=bound,
-        first=0, s=values,
+        first=0, s=values, solver="exact",
     )  # fmt: skip
     return Listed(sha256=name, source=f"source {name}", weight=weight, spectra=[spectrum])
 
@@ -103,23 +103,24 @@ def test_whatif_of_what_is_not_decomposed_says_what_to_run(tmp_path: Path) -> No
 
 
 def test_whatif_is_not_certain_where_unstored_values_might_win(tmp_path: Path) -> None:
-    """A truncated store lists few values: neither weights nor an unfilled budget may hide that."""
+    """A store with first blocks lists few values: neither weights nor an unfilled budget may hide
+    that."""
 
     def model(folder: str, seed: int, start: torch.Tensor | float = 0.0) -> Path:
         generator = torch.Generator().manual_seed(seed)
-        dense = torch.randn(120, 90, generator=generator, dtype=torch.float64)
+        dense = torch.randn(220, 180, generator=generator, dtype=torch.float64)
         u, _, vh = torch.linalg.svd(dense, full_matrices=False)
         return tiny.write_model(
-            tmp_path / folder, {"a.weight": start + (u * 0.5 ** torch.arange(90)) @ vh}
+            tmp_path / folder, {"a.weight": start + (u * 0.9 ** torch.arange(180)) @ vh}
         )
 
     base = model("base", 0)
     start = tiny.read_model(base)["a.weight"]
     sources = (model("one", 1, start), model("two", 2, start))
     bench = Bench(root=tmp_path, base=base, sources=sources)
-    changes = {"parameters": {"k": 4, "svd": "truncated"}}
+    changes = {"parameters": {"k": 4}}
     bench.run(**changes)
-    told = whatif(bench.plan(**changes), budgets=[4, 8, 31, 40, 90])
+    told = whatif(bench.plan(**changes), budgets=[4, 8, 24, 40, 90])
     assert [o.certain for o in told] == [True, True, True, False, False]
     weighted = changes | {"models": [str(sources[0]), {"model": str(sources[1]), "weight": 1e6}]}
     # All of 16 listed values of the second win first, and its 17th might well have too.

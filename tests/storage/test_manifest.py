@@ -66,6 +66,7 @@ def put(
                 bound=0.5,
                 first=first,
                 s=c.s.numpy(),
+                solver="exact",
             )
         )
         covered.append(

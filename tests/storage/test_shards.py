@@ -294,6 +294,7 @@ def spectrum(parameter: str, count: int, *, first: int = 0, seed: int = 0) -> Sp
         bound=1e-300,
         first=first,
         s=s,
+        solver="exact",
     )
 
 

@@ -1,0 +1,97 @@
+"""One matrix's components from a depth on, by the recipe's solver, as they are stored."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from svdmerge.core.blocks import EXACT, Block, exact_block, next_block
+from svdmerge.core.components import RankOneComponents, concatenate, flat, none
+from svdmerge.core.params import Action, Parameter
+from svdmerge.storage.manifest import Committed
+from svdmerge.storage.shards import Rows, Spectrum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stored:
+    """What the store holds of a matrix already."""
+
+    blocks: RankOneComponents
+    """The canonical blocks that the next one starts from; float32, as stored."""
+    depth: int = 0
+    """Components stored, those that the exact solver took over included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Solved:
+    """What is to be stored of a matrix."""
+
+    rows: list[Rows]
+    spectra: list[Spectrum]
+    depth: int
+    """Components stored then, or wherever any merge ends if there are no more."""
+
+
+def stored_of(committed: Committed, parameter: Parameter) -> Stored:
+    """What a source has in the store of one matrix. Raises: StoreError, if it is damaged."""
+    depth = committed.held(parameter.source_id)
+    spectra = committed.spectra().get(parameter.source_id, [])
+    # What the exact solver took over is found again from the blocks before it.
+    last = min([depth, *(x.first for x in spectra if x.solver == EXACT)])
+    if last == 0:
+        return Stored(blocks=none(parameter.m, parameter.n), depth=depth)
+    return Stored(blocks=committed.read(parameter.source_id, range(last)), depth=depth)
+
+
+def solve(
+    delta: torch.Tensor, *, parameter: Parameter, stored: Stored, wanted: int, depth: int,
+    solver: str, digest: str,
+) -> Solved:  # fmt: skip
+    """Components after those stored, `wanted` in all. No merge takes more than `depth`: so deep is
+    stored what a solver finds that cannot stop early."""
+    fro = float(torch.linalg.vector_norm(delta))
+    found = list(_blocks(delta, p=parameter, stored=stored, wanted=wanted, solver=solver, fro=fro))
+    spectra = [
+        Spectrum(
+            parameter=parameter.source_id, sha256=digest, m=parameter.m, n=parameter.n, fro=fro,
+            bound=block.bound, first=first, s=block.components.s.to(torch.float32).numpy(),
+            solver=block.solver,
+        )
+        for first, block in found
+    ]  # fmt: skip
+    last, block = found[-1]
+    end = last + len(block.components)
+    return Solved(
+        rows=[_rows(parameter, b, first, start=stored.depth, depth=depth) for first, b in found],
+        spectra=spectra,
+        depth=end if block.bound > 0.0 else max(depth, wanted),
+    )
+
+
+def _blocks(
+    delta: torch.Tensor, *, p: Parameter, stored: Stored, wanted: int, solver: str, fro: float
+) -> Iterator[tuple[int, Block]]:
+    """Blocks after those stored, and the index of the first component of each."""
+    if p.action is not Action.DECOMPOSE:
+        yield 0, Block(components=flat(delta.reshape(1, -1)), bound=0.0, solver="none")
+        return
+    known = stored.blocks
+    if solver == EXACT:
+        yield 0, exact_block(delta, stored=known)
+        return
+    while True:
+        block = next_block(delta, stored=known, fro=fro, parameter=p.id)
+        yield len(known), block
+        if block.bound == 0.0:
+            return
+        known = concatenate([known, block.components.to(torch.float32)])
+        if len(known) >= wanted:
+            return
+
+
+def _rows(p: Parameter, block: Block, first: int, *, start: int, depth: int) -> Rows:
+    """What is stored of a block that begins at `first`, if `start` components are there already."""
+    kind = "svd" if p.action is Action.DECOMPOSE else "flat"
+    c, skipped = block.components, max(0, start - first)
+    kept = c.slice(skipped, max(skipped, depth - first)) if block.solver == EXACT else c
+    return Rows(parameter=p.source_id, kind=kind, first=first + skipped, components=kept)
