@@ -90,7 +90,7 @@ class Parameters(Section):
 
     k: Share = 0.1
     """Components kept per matrix: a share of its rank, or a count."""
-    salience: Literal["sigma", "relative", "target"] = "sigma"
+    salience: Literal["sigma", "relative", "denoised", "target"] = "sigma"
     """What ranks components: the singular value, or that over the matrix's Frobenius norm, or the
     singular value in those sources alone that the target's examples ask for."""
     scope: Literal["layer"] = "layer"

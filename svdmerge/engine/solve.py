@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from svdmerge.core.blocks import EXACT, Block, exact_block, next_block
+from svdmerge.core.blocks import EXACT, WIDTH, Block, exact_block, next_block
 from svdmerge.core.components import RankOneComponents, concatenate, flat, none
+from svdmerge.core.noise import noise_edge
 from svdmerge.core.params import Action, Parameter
 from svdmerge.storage.manifest import Committed
 from svdmerge.storage.shards import Rows, Spectrum
@@ -54,7 +55,9 @@ def solve(
     spectra = [
         Spectrum(
             parameter=parameter.source_id, sha256=digest, m=parameter.m, n=parameter.n, fro=fro,
-            bound=block.bound, first=first, s=block.components.s.to(torch.float32).numpy(),
+            bound=block.bound, first=first,
+            noise=_noise(delta, block, p=parameter) if first == 0 else 0.0,
+            s=block.components.s.to(torch.float32).numpy(),
             solver=block.solver,
         )
         for first, block in found
@@ -87,6 +90,13 @@ def _blocks(
         known = concatenate([known, block.components.to(torch.float32)])
         if len(known) >= wanted:
             return
+
+
+def _noise(delta: torch.Tensor, block: Block, *, p: Parameter) -> float:
+    """The edge of the noise, as far as the first block can tell."""
+    if p.action is not Action.DECOMPOSE:
+        return 0.0
+    return noise_edge(delta, leading=block.components.slice(0, WIDTH))
 
 
 def _rows(p: Parameter, block: Block, first: int, *, start: int, depth: int) -> Rows:

@@ -13,8 +13,8 @@ from svdmerge.engine.winners import (
     Listed,
     Selected,
     SpectraByMatrix,
+    largest_unlisted,
     listed_spectra,
-    salience_of,
     select_components,
 )
 from svdmerge.errors import RecipeError, StoreError
@@ -85,8 +85,7 @@ def _outcome(plan: Plan, k: int | float, spectra: dict[str, SpectraByMatrix]) ->
         total += sum(x.spectra[0].fro ** 2 for x in listed)
         size += 4 * min(len(rows), parameter.rank) * (parameter.m + parameter.n + 1)
         certain &= all(
-            salience_of(x, x.spectra[-1].bound, salience=salience)
-            <= _cut(x, rows, takes=takes, k=wanted)
+            largest_unlisted(x, salience=salience) <= _cut(x, rows, takes=takes, k=wanted)
             for x in listed
         )
     return Outcome(

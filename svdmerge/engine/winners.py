@@ -94,7 +94,7 @@ def select_matrix(listed: Sequence[Listed], *, salience: str, k: int) -> list[Se
     values = [all_values(x.spectra) for x in listed]
     scores = np.concatenate(
         [
-            SALIENCES[salience](s.astype(np.float64) * x.weight, fro=x.spectra[0].fro)
+            salience_of(x, s.astype(np.float64), salience=salience)
             for x, s in zip(listed, values, strict=True)
         ]
     )
@@ -124,10 +124,18 @@ def all_values(spectra: Sequence[Spectrum]) -> np.ndarray:
     return np.minimum.accumulate(values)
 
 
-def salience_of(listed: Listed, value: float, *, salience: str) -> float:
-    """What a singular value of this source counts for."""
-    weighted = np.array([value * listed.weight])
-    return float(SALIENCES[salience](weighted, fro=listed.spectra[-1].fro)[0])
+def salience_of(
+    listed: Listed, s: Float[np.ndarray, " c"], *, salience: str
+) -> Float[np.ndarray, " c"]:
+    """What singular values of this source count for."""
+    first, w = listed.spectra[0], listed.weight
+    return SALIENCES[salience](s * w, fro=first.fro, noise=first.noise * w)
+
+
+def largest_unlisted(listed: Listed, *, salience: str) -> float:
+    """The most salience that a value which is not listed can have."""
+    bound = np.array([listed.spectra[-1].bound])
+    return float(salience_of(listed, bound, salience=salience)[0])
 
 
 def short_of(
@@ -143,9 +151,8 @@ def short_of(
     cut = rows[-1].salience if rows and len(rows) == k else 0.0
     for x in listed:
         values = all_values(x.spectra)
-        bound = salience_of(x, x.spectra[-1].bound, salience=salience)
-        if len(values) < k and bound > cut:
-            last = salience_of(x, float(values[-1]), salience=salience) if len(values) else 0.0
+        if len(values) < k and largest_unlisted(x, salience=salience) > cut:
+            last = float(salience_of(x, values[-1:].astype(np.float64), salience=salience).sum())
             yield x.source, min(k, expected_depth(values, ratio=last / cut if cut else math.inf))
         elif (needed := max((r.index + 1 for r in rows if r.source == x.source), default=0)) > (
             stored[x.source]

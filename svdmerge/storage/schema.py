@@ -29,6 +29,7 @@ SPECTRUM = pa.schema(
         pa.field("n", pa.int64(), nullable=False),
         pa.field("fro", pa.float64(), nullable=False),  # Frobenius norm of the difference
         pa.field("bound", pa.float64(), nullable=False),  # on every singular value not listed
+        pa.field("noise", pa.float64(), nullable=False),  # values up to it may be noise alone
         pa.field("first", pa.int32(), nullable=False),  # index of the first value listed
         pa.field("solver", pa.string(), nullable=False),  # what found the values listed
         pa.field("s", _FLOATS, nullable=False),

@@ -56,6 +56,8 @@ class Spectrum:
     n: int
     fro: float
     bound: float
+    noise: float
+    """Edge of the noise, by the record of the first values."""
     first: int
     s: np.ndarray
     solver: str

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from svdmerge.core.salience import SALIENCES, relative, sigma
+from svdmerge.core.salience import SALIENCES, denoised, relative, sigma
 from svdmerge.core.svd import exact
 from svdmerge.core.topk import top_k
 from svdmerge.recipe import Parameters
@@ -23,26 +23,26 @@ def test_every_salience_of_the_recipe_is_there_and_no_other() -> None:
 
 @given(values)
 def test_sigma_is_the_singular_value_whatever_the_norm(s: np.ndarray) -> None:
-    assert np.array_equal(sigma(s, fro=123.0), s)
+    assert np.array_equal(sigma(s, fro=123.0, noise=1e9), s)
 
 
 @given(values.filter(lambda s: s.any()), st.floats(1e-3, 1e3))
 def test_relative_does_not_change_with_a_sources_scale(s: np.ndarray, scale: float) -> None:
     fro = float(np.linalg.norm(s))
-    one, other = relative(s, fro=fro), relative(scale * s, fro=scale * fro)
+    one, other = relative(s, fro=fro, noise=0.0), relative(scale * s, fro=scale * fro, noise=0.0)
     assert np.allclose(one, other, rtol=1e-12, atol=0)
     assert np.linalg.norm(one) == pytest.approx(1.0)
 
 
 def test_a_zero_matrix_has_no_salience_and_no_nan() -> None:
-    got = relative(np.zeros(4), fro=0.0)
+    got = relative(np.zeros(4), fro=0.0, noise=0.0)
     assert np.array_equal(got, np.zeros(4))
 
 
 def kept_of_each(spectra: list[np.ndarray], *, k: int, salience: str) -> list[int]:
     """How many of the top k come from each source."""
     of = SALIENCES[salience]
-    ranked = np.concatenate([of(s, fro=float(np.linalg.norm(s))) for s in spectra])
+    ranked = np.concatenate([of(s, fro=float(np.linalg.norm(s)), noise=0.0) for s in spectra])
     tie = np.repeat(np.arange(len(spectra)), [len(s) for s in spectra])
     index = np.concatenate([np.arange(len(s)) for s in spectra])
     chosen = tie[top_k(ranked, tie=tie, index=index, k=k)]
@@ -73,3 +73,8 @@ def test_noise_per_entry_takes_every_slot_by_sigma() -> None:
 def test_noise_of_half_the_norm_takes_about_its_share_by_sigma() -> None:
     kept = kept_of_each(noisy_sources(per_entry=False), k=20, salience="sigma")
     assert min(kept) >= 2
+
+
+def test_denoised_is_the_singular_value_above_the_noise_and_nothing_below() -> None:
+    s = np.array([3.0, 2.0, 1.0, 0.5])
+    assert denoised(s, fro=9.0, noise=1.0).tolist() == [3.0, 2.0, 0.0, 0.0]

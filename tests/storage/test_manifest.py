@@ -64,6 +64,7 @@ def put(
                 n=N,
                 fro=2.0,
                 bound=0.5,
+                noise=0.25,
                 first=first,
                 s=c.s.numpy(),
                 solver="exact",

@@ -292,6 +292,7 @@ def spectrum(parameter: str, count: int, *, first: int = 0, seed: int = 0) -> Sp
         n=2**40,
         fro=float(np.linalg.norm(s.astype(np.float64))),
         bound=1e-300,
+        noise=0.125,
         first=first,
         s=s,
         solver="exact",

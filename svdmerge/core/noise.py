@@ -1,0 +1,38 @@
+"""Where the noise of a difference begins: singular values up to there say nothing."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from svdmerge.core.components import RankOneComponents
+
+# Of rows' and of columns' norms, the quantile that stands for all: a few outlying rows, whose own
+# direction a singular value is for, must not hide the rest.
+QUANTILE = 0.95
+
+
+def noise_edge(delta: Float[Tensor, "m n"], *, leading: RankOneComponents) -> float:
+    """The largest singular value that noise of the size found in an (m, n) difference would have,
+    once those of its `leading` components that stand above it are taken off.
+
+    Independent entries of standard deviation sd end at sd sqrt(n) + sd sqrt(m), the edge of the
+    Marchenko-Pastur law (Bai, Yin 1988): a row's norm and a column's. Rounding noise is not of one
+    size, for it follows the weights': then the edge is that of the largest norms (Bandeira, van
+    Handel 2016), by quantile. On independent entries this lies about a twentieth above the edge.
+    What is not taken off counts as noise here, so that a smooth power law without any has an edge
+    too, in its tail: of exponent 0.7 and rank 400 near the 35th component.
+    """
+    if delta.numel() == 0:
+        return 0.0
+    squares, c = delta.to(torch.float64) ** 2, leading.to(torch.float64)
+    # The rest's squared norms, not formed: components are orthogonal to each other and to it.
+    rows, columns = squares.sum(dim=1), squares.sum(dim=0)
+    taken = 0
+    while True:
+        edge = sum(float(x.clamp(min=0.0).sqrt().quantile(QUANTILE)) for x in (rows, columns))
+        above = c.slice(taken, max(taken, int((c.s > edge).sum())))
+        if len(above) == 0:
+            return edge
+        rows = rows - ((above.u * above.s) ** 2).sum(dim=1)
+        columns = columns - ((above.vh.T * above.s) ** 2).sum(dim=1)
+        taken += len(above)
