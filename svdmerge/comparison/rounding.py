@@ -1,4 +1,4 @@
-"""What rounding to bfloat16 adds to real differences, and what a source of mere noise would take."""
+"""What rounding to bfloat16 adds to real differences, and what a source of noise would take."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
