@@ -16,9 +16,12 @@ from svdmerge.core.certificate import remainder_bound
 from svdmerge.core.components import RankOneComponents, concatenate, none
 from svdmerge.core.lanczos import leading, rayleigh_ritz
 
-# Components of a block. Winners of a source are few (about 5 of 384 on real differences); yet a
-# product of fewer columns takes no less time.
+# Components of a block at least. Winners of a source are few (about 5 of 384 on real differences);
+# yet a product of fewer columns takes no less time.
 WIDTH = 16
+# Share of the rank that a block of a larger matrix has: about what a tenth of it comes to over
+# six sources. From rank 2048 on a product of twice the columns takes half as much time again.
+BLOCK_SHARE = 1 / 64
 # Smaller sides go to the exact solver: it takes no longer there.
 SMALL = 128
 # Share of the rank from which on the exact solver takes what is left: a block costs about 1 / 15 of
@@ -29,7 +32,7 @@ LANCZOS_SHARE = 1 / 16
 FLAT = 0.7
 # Steps of Lanczos at most: a basis of a quarter of the rank, yet enough for small matrices. Power
 # laws of exponent 0.6 to 0.9 need six to eight.
-MIN_STEPS, RANK_PER_STEP = 10, 64
+MIN_STEPS, BASIS_SHARE = 10, 1 / 4
 
 
 # What a block says of its solver if that finds all that is left.
@@ -82,6 +85,11 @@ def exact_block(delta: Float[Tensor, "m n"], *, stored: RankOneComponents) -> Bl
     return Block(components=_rest(delta, stored), bound=0.0, solver=EXACT)
 
 
+def block_width(rank: int) -> int:
+    """Components of a block of a matrix whose smaller side is `rank`, in whole sixteens."""
+    return max(1, int(BLOCK_SHARE * rank) // WIDTH) * WIDTH
+
+
 def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:
     """Whether the exact solver takes what follows, by the smaller side and the stored values."""
     flat = len(s) >= WIDTH and bool(s[WIDTH - 1] > FLAT * s[0])
@@ -95,8 +103,9 @@ def _iterated(
     """The block by Lanczos with products in `dtype`; maybe empty."""
     m, n = delta.shape
     a = delta.to(dtype).contiguous()
-    steps = max(MIN_STEPS, n // RANK_PER_STEP)
-    right = leading(a, known=known, width=WIDTH, max_steps=steps, seed=seed)
+    width = block_width(n)
+    steps = max(MIN_STEPS, int(BASIS_SHARE * n / width))
+    right = leading(a, known=known, width=width, max_steps=steps, seed=seed)
     found = svd.fix_signs(rayleigh_ritz(delta, right, known))
     every = concatenate([known.to(torch.float64), found])
     bound = remainder_bound(a, known=every, fro=fro, seed=seed + 1)

@@ -5,10 +5,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
+from svdmerge.core.deflated import TILE
 
 # Of rows' and of columns' norms, the quantile that stands for all: a few outlying rows, whose own
 # direction a singular value is for, must not hide the rest.
 QUANTILE = 0.95
+
+
+def _squared_norms(delta: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
+    """Of rows and columns, in float64; by tiles, so that squares stay in the cache."""
+    rows, columns = list[Tensor](), torch.zeros(delta.shape[1], dtype=torch.float64)
+    columns = columns.to(delta.device)
+    for tile in delta.split(TILE):
+        squares = tile.double() ** 2
+        rows.append(squares.sum(dim=1))
+        columns += squares.sum(dim=0)
+    return torch.cat(rows), columns
 
 
 def noise_edge(delta: Float[Tensor, "m n"], *, leading: RankOneComponents) -> float:
@@ -24,9 +36,9 @@ def noise_edge(delta: Float[Tensor, "m n"], *, leading: RankOneComponents) -> fl
     """
     if delta.numel() == 0:
         return 0.0
-    squares, c = delta.to(torch.float64) ** 2, leading.to(torch.float64)
+    c = leading.to(torch.float64)
     # The rest's squared norms, not formed: components are orthogonal to each other and to it.
-    rows, columns = squares.sum(dim=1), squares.sum(dim=0)
+    rows, columns = _squared_norms(delta)
     taken = 0
     while True:
         edge = sum(float(x.clamp(min=0.0).sqrt().quantile(QUANTILE)) for x in (rows, columns))

@@ -30,7 +30,7 @@ def models(
 
 def select(parts: list[RankOneComponents], *, k: int) -> list[tuple[int, int]]:
     """(source, index) of the top k, best first."""
-    s = np.concatenate([sigma(p.s.numpy(), fro=0.0) for p in parts])
+    s = np.concatenate([sigma(p.s.numpy(), fro=0.0, noise=0.0) for p in parts])
     tie = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
     index = np.concatenate([np.arange(len(p)) for p in parts])
     return [(int(tie[p]), int(index[p])) for p in top_k(s, tie=tie, index=index, k=k)]

@@ -23,7 +23,9 @@ m: int64 not null
 n: int64 not null
 fro: double not null
 bound: double not null
+noise: double not null
 first: int32 not null
+solver: string not null
 s: large_list<item: float not null> not null
 """,
     "SELECTION": """
@@ -68,4 +70,4 @@ def test_a_schema_carries_its_name_and_version(name: str) -> None:
 
 
 def test_the_version_is_that_of_the_contract() -> None:
-    assert schema.VERSION == 1
+    assert schema.VERSION == 2
