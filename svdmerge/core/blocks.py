@@ -19,9 +19,9 @@ from svdmerge.core.lanczos import leading, rayleigh_ritz
 # Components of a block at least. Winners of a source are few (about 5 of 384 on real differences);
 # yet a product of fewer columns takes no less time.
 WIDTH = 16
-# Share of the rank that a block of a larger matrix has: about what a tenth of it comes to over
-# six sources. From rank 2048 on a product of twice the columns takes half as much time again.
-BLOCK_SHARE = 1 / 64
+# Share of the rank that a block of a larger matrix has: what a tenth of it comes to over eight
+# sources. Wider, most of many sources' blocks goes unused; narrower, few sources need many of them.
+BLOCK_SHARE = 1 / 80
 # Smaller sides go to the exact solver: it takes no longer there.
 SMALL = 128
 # Share of the rank from which on the exact solver takes what is left: a block costs about 1 / 15 of

@@ -24,10 +24,11 @@ ROUNDING = 4.0
 def remainder_bound(
     a: Float[Tensor, "m n"], *, known: RankOneComponents, fro: float, seed: int
 ) -> float:
-    """With probability 1 - 1e-9 no less than ||B||_2, B = (I - U U^T) A (I - V V^T), for any U, V.
+    """With probability 1 - 1e-9 no less than ||B||_2, B = A (I - V V^T), V of those known, and so
+    than any singular value of A after theirs.
 
-    Let M = B^T B, v its leading eigenvector and x_i Gaussian columns drawn without regard to U and
-    V. Any polynomial p has ||p(M) x_i|| >= |p(||M||)| |v^T x_i|, and the sum of (v^T x_i)^2 over
+    Let M = B^T B, v its leading eigenvector and x_i Gaussian columns drawn without regard to V.
+    Any polynomial p has ||p(M) x_i|| >= |p(||M||)| |v^T x_i|, and the sum of (v^T x_i)^2 over
     the columns exceeds CHI_SQUARED but with probability 1e-9. The best p at a point is known from
     Lanczos coefficients: min ||p(M) x||^2 / p(t)^2 = ||x||^2 / sum_k p_k(t)^2, p_k orthonormal with
     regard to x (Christoffel's function). So ||M|| is no more than the largest t at which the sum of
@@ -41,7 +42,7 @@ def remainder_bound(
     frobenius = (max(rest, 0.0) + ROUNDING * eps * fro**2) ** 0.5
     if fro == 0.0 or min(a.shape) <= len(known):
         return 0.0
-    lanczos = _lanczos(Deflated(a, known), seed=seed)
+    lanczos = _lanczos(Deflated(a, known.vh.T), seed=seed)
     return min(frobenius, _largest(*lanczos) ** 0.5 + ROUNDING * eps * fro)
 
 
@@ -59,7 +60,8 @@ def _lanczos(
     for _ in range(STEPS):
         y, z = b.step(x)
         alpha = (y.double() ** 2).sum(dim=0)
-        z = z - (x * alpha.to(x) + before * beta)
+        # Again, for what rounding leaves along V would count once z is scaled up.
+        z = without(z - (x * alpha.to(x) + before * beta), b.v)
         beta = torch.linalg.vector_norm(z, dim=0).clamp(min=torch.finfo(x.dtype).tiny)
         before, x = x, z / beta
         diagonal.append(alpha)

@@ -8,22 +8,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
-from svdmerge.core.deflated import TILE, Deflated, without
+from svdmerge.core.deflated import Deflated, image, without
 
 # Of ||A^T u - s v||: no more than this share of the largest singular value, which the residual of
 # what is kept inherits (promised: 1e-4), ...
-RESIDUAL = 6e-5
+RESIDUAL = 3e-5
 # ... and no more than this share of the value itself. Its error is the square over the gap to what
 # the basis lacks, about a third of it: 3e-6, below the 1e-5 promised at a cut.
 OWN_RESIDUAL = 1e-3
 # Values below this share of the matrix's largest are out of reach: rounding of the products leaves
 # about ten eps of the largest in every residual, and eps of its square in A^T A.
 REACH = {torch.float32: 1e-2, torch.float64: 1e-6}
-
+# Of eps and the largest value squared: what rounding leaves in a next block of nothing, measured
+# two to four.
+SPENT = 8.0
 
 # Steps before the first look at the Ritz values, which costs as much as a step on small matrices:
-# nothing but a matrix of low rank has converged before.
-BLIND_STEPS = 3
+# little but a matrix of low rank has converged before.
+BLIND_STEPS = 5
 # By how much the residuals shrink in a step, about: so many more pass before the next look.
 SHRINKS = 20.0
 
@@ -34,7 +36,8 @@ def leading(
     """Right vectors, at most `width`, of the largest components of B = (I - U U^T) A (I - V V^T),
     U and V those of `known`: the converged ones, down to what the dtype of A can reach.
 
-    Stops when all `width` have converged, or after `max_steps` blocks. Wants m >= n.
+    Stops when all `width` have converged, when only rounding is left, or after `max_steps` blocks.
+    Wants m >= n.
 
     Reference: block Lanczos on A^T A, Golub, Underwood 1977; convergence without a gap, Musco,
     Musco, arXiv 1504.05477, algorithm 2.
@@ -43,10 +46,11 @@ def leading(
     look = BLIND_STEPS + 1
     while True:
         krylov.extend()
-        if krylov.steps < min(look, krylov.max_steps):
+        last = krylov.steps == krylov.max_steps or krylov.is_spent()
+        if krylov.steps < look and not last:
             continue
         ritz = krylov.look()
-        if ritz.worst <= 1.0 or krylov.steps == krylov.max_steps:
+        if ritz.worst <= 1.0 or last:
             return krylov.basis() @ ritz.vectors[:, : ritz.converged]
         look = krylov.steps + max(1, int(math.log(ritz.worst, SHRINKS)))
 
@@ -60,9 +64,7 @@ def rayleigh_ritz(
     """
     exact = known.to(torch.float64)
     v = torch.linalg.qr(without(right.double(), exact.vh.T)).Q
-    # By tiles, so that no whole copy in float64 goes through memory.
-    w = without(torch.cat([rows.double() @ v for rows in a.split(TILE)]), exact.u)
-    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    u, s, vh = torch.linalg.svd(without(image(a, v), exact.u), full_matrices=False)
     return RankOneComponents(u=u, s=s, vh=vh @ v.T)
 
 
@@ -85,7 +87,7 @@ class _Krylov:
         seed: int,
     ) -> None:  # fmt: skip
         (m, n), k = a.shape, len(known)
-        self.b, self.width, self.steps = Deflated(a, known), width, 0
+        self.b, self.width, self.steps = Deflated(a, known.vh.T, known.u), width, 0
         # A block must fit beside what is there.
         self.max_steps = max(1, min(max_steps, (n - k) // width))
         # V, then Q: what new columns must be orthogonal to.
@@ -115,6 +117,13 @@ class _Krylov:
         self._gram[done:size, :size] = self._gram[:size, done:size].T
         self._next, self._coupling = torch.linalg.qr(without(image, self._span[:, : k + size]))
         self.steps += 1
+
+    def is_spent(self) -> bool:
+        """Whether rounding is all that is left of the next block: directions made of it would cost
+        the basis its orthogonality."""
+        largest = max(self._largest**2, float(self._gram.diagonal().max()))
+        rounding = SPENT * torch.finfo(self._coupling.dtype).eps * largest
+        return float(torch.linalg.vector_norm(self._coupling)) <= rounding
 
     def look(self) -> _Ritz:
         """The leading Ritz vectors, and how far they have converged."""

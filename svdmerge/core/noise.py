@@ -1,11 +1,13 @@
 """Where the noise of a difference begins: singular values up to there say nothing."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
-from svdmerge.core.deflated import TILE
+from svdmerge.core.deflated import DOUBLED
 
 # Of rows' and of columns' norms, the quantile that stands for all: a few outlying rows, whose own
 # direction a singular value is for, must not hide the rest.
@@ -13,14 +15,20 @@ QUANTILE = 0.95
 
 
 def _squared_norms(delta: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
-    """Of rows and columns, in float64; by tiles, so that squares stay in the cache."""
+    """Of rows and columns, in float64; by tiles that stay in the cache."""
     rows, columns = list[Tensor](), torch.zeros(delta.shape[1], dtype=torch.float64)
     columns = columns.to(delta.device)
-    for tile in delta.split(TILE):
+    for tile in delta.split(DOUBLED):
         squares = tile.double() ** 2
         rows.append(squares.sum(dim=1))
         columns += squares.sum(dim=0)
     return torch.cat(rows), columns
+
+
+def _quantile(x: Float[Tensor, " n"]) -> float:
+    """The smallest value that QUANTILE of all do not exceed; squares less rounding are not below
+    zero."""
+    return max(0.0, float(x.kthvalue(math.ceil(QUANTILE * len(x))).values))
 
 
 def noise_edge(delta: Float[Tensor, "m n"], *, leading: RankOneComponents) -> float:
@@ -41,7 +49,7 @@ def noise_edge(delta: Float[Tensor, "m n"], *, leading: RankOneComponents) -> fl
     rows, columns = _squared_norms(delta)
     taken = 0
     while True:
-        edge = sum(float(x.clamp(min=0.0).sqrt().quantile(QUANTILE)) for x in (rows, columns))
+        edge = sum(_quantile(x) ** 0.5 for x in (rows, columns))
         above = c.slice(taken, max(taken, int((c.s > edge).sum())))
         if len(above) == 0:
             return edge
