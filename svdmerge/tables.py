@@ -143,7 +143,12 @@ class AccuracyRow(Protocol):
 def ranking_tables(found: "Ranking") -> list[Any]:
     """Sources by their help for a target, near-duplicates, and what it comes to."""
     rows = [
-        (s.name, f"{s.loss:.4f}", f"{s.gain:+.4f}", f"{s.low:+.4f} .. {s.high:+.4f}")
+        (
+            s.name + " (noise)" * s.noise,
+            f"{s.loss:.4f}",
+            f"{s.gain:+.4f}",
+            f"{s.low:+.4f} .. {s.high:+.4f}",
+        )
         for s in found.sources
     ]
     parts: list[Any] = [

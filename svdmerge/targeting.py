@@ -12,9 +12,11 @@ from torch import Tensor
 from svdmerge.core.evidence import bootstrap_interval
 from svdmerge.core.gate import Mix, gate
 from svdmerge.core.params import Action
+from svdmerge.engine.decompose import load_source
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import choose_components, picks
+from svdmerge.engine.winners import share_above_noise
 from svdmerge.progress import Progress
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.filesystem import Folder
@@ -23,6 +25,9 @@ from svdmerge.training.judge import Judged, JudgeUnit, judge, judged_examples
 from svdmerge.training.overlap import DUPLICATE, OverlapUnit, overlaps
 
 ADAPTATION = "adaptation.json"
+# Of a source's matrices, the share with a component above the noise below which it is noise itself:
+# a few of hundreds end above the edge by chance, while of models measured all do.
+QUIET = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +42,9 @@ class SourceRank:
     high: float
     """The gain's 95 % bootstrap interval."""
     seconds: float
+    noise: bool
+    """Whether nothing of its change stands above noise: such a source is never merged, however
+    well a few examples happen to speak of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +116,7 @@ class Targeting:
         self._digest, self.num_examples = examples.digest(), len(examples)
         self._base: Tensor | None = None
         self._sources: dict[str, Tensor] = {}
+        self._noise = noise_only(plan)
 
     def rank(self) -> Ranking:
         """Sources by their help.
@@ -130,6 +139,7 @@ class Targeting:
                 SourceRank(
                     name=source.reference, revision=source.revision, loss=float(loss.mean()),
                     gain=float((base - loss).mean()), low=low, high=high, seconds=judged.seconds,
+                    noise=source.revision in self._noise,
                 )
             )  # fmt: skip
         ranks.sort(key=lambda r: (r.loss, r.revision))
@@ -147,7 +157,8 @@ class Targeting:
         Sources must be ranked before.
         """
         assert self._base is not None
-        chosen, losses = gate(self._sources, base=self._base, judge=self._judge_mixes)
+        heard = {r: loss for r, loss in self._sources.items() if r not in self._noise}
+        chosen, losses = gate(heard, base=self._base, judge=self._judge_mixes)
         considered = [Considered(mix=m, loss=float(x.mean())) for m, x in losses.items()]
         return Adaptation(
             chosen=chosen,
@@ -257,10 +268,21 @@ class Targeting:
         ]
 
 
-def _verdict(ranks: Sequence[SourceRank]) -> str:
+def noise_only(plan: Plan) -> set[str]:
+    """Revisions of the sources whose changes are noise alone, by their stored spectra.
+
+    Raises: StoreError, if a source is not decomposed, or damaged."""
+    shares = {s.revision: share_above_noise(load_source(plan, s).spectra()) for s in plan.sources}
+    return {revision for revision, share in shares.items() if share < QUIET}
+
+
+def _verdict(every: Sequence[SourceRank]) -> str:
+    ranks = [r for r in every if not r.noise]
+    if not ranks:
+        return "None helps: every source's change is noise alone."
     sure = [r.name for r in ranks if r.low > 0]
     if sure:
-        return f"{len(sure)} of {len(ranks)} sources help this target, most of all {ranks[0].name}."
+        return f"{len(sure)} of {len(every)} sources help this target, most of all {ranks[0].name}."
     if ranks[0].gain > 0:
         return (
             f"None helps for certain: {ranks[0].name} looks best, "

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,23 @@ def test_examples_on_the_command_line_take_the_place_of_the_recipes(
     other = write_examples(tmp_path / "other.parquet", per_class=7, seed=5)
     found = rank(bench.recipe(**targeted(bench)), examples=str(other), address="none")
     assert found.num_examples == 21
+
+
+def test_a_source_of_noise_alone_is_told_and_never_merged(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ranked(bench)
+    assert {Path(s.name).name for s in found.sources if s.noise} == {"noise-2", "noise-3"}
+
+    def flattered(unit: judging.JudgeUnit) -> judging.Judged:
+        judged = judging.judge(unit)
+        if "noise-" not in unit.name:
+            return judged
+        return replace(judged, losses=tuple(tuple(0.0 for _ in x) for x in judged.losses))
+
+    monkeypatch.setattr(targeting, "judge", flattered)
+    report = merged(bench, **MERGE_ONLY)
+    assert names(bench, adaptation(report)) <= {"helper"}
 
 
 def test_the_command_shows_a_table_and_the_verdict(bench: Bench) -> None:

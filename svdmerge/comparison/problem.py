@@ -19,7 +19,7 @@ from svdmerge.engine.runtime import InProcess
 from svdmerge.progress import SILENT
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import FLOATING
-from svdmerge.targeting import blend_of, gated
+from svdmerge.targeting import blend_of, gated, noise_only
 from svdmerge.training.backbone import Inputs, build_backbone, lacking, load_weights
 from svdmerge.training.blend import committed, differences
 from svdmerge.training.data import Examples, draw, load_target
@@ -73,6 +73,7 @@ class Problem:
         self.train = alter(target.train)
         self.test = alter(_first(target.test, num=max_test))
         self.sources = {Path(s.reference).name: s for s in plan.sources}
+        self.noise = noise_only(plan)
         self._backbone = build_backbone(config, base=plan.base)
         load_weights(self._backbone, checkpoint=plan.base, base=plan.base)
         state = self._backbone.module.state_dict()

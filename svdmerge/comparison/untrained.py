@@ -183,7 +183,8 @@ def gated(problem: Problem, rows: list[int]) -> Result:
 def chosen_mix(problem: Problem, rows: list[int]) -> Mix:
     """What the gate takes."""
     few = judged(problem, rows)
-    losses = {n: source_fit(problem, n, few).log_loss for n in sorted(problem.sources)}
+    heard = [n for n, s in sorted(problem.sources.items()) if s.revision not in problem.noise]
+    losses = {n: source_fit(problem, n, few).log_loss for n in heard}
     base = problem.fit("base", base_weights, few).log_loss
 
     def judge(mixes: Sequence[Mix]) -> list[Tensor]:

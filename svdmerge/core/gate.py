@@ -97,6 +97,8 @@ def gate(
     another strength takes its place only if it is better by more than noise
     (`core.evidence.choose`).
     """
+    if not sources:
+        return BASE, {BASE: base}
     means = {s: float(x.double().mean()) for s, x in sources.items()}
     order = sorted(sources, key=lambda s: (means[s], s))
     start = float(base.double().mean())

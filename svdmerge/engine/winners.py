@@ -53,6 +53,15 @@ def listed_spectra(
     return sorted(listed, key=lambda x: (x.sha256, x.weight, x.source))
 
 
+def share_above_noise(spectra: SpectraByMatrix) -> float:
+    """Of a source's changed matrices, the share of which a component stands above the noise.
+
+    Of pure noise about none does (`core.noise`); of fine-tuned models measured every one.
+    """
+    firsts = [x for by in spectra.values() for x in by if x.first == 0 and len(x.s) and x.m > 1]
+    return sum(bool(x.s[0] > x.noise) for x in firsts) / len(firsts) if firsts else 1.0
+
+
 def select_all(listed: Sequence[Listed]) -> list[Selected]:
     """Every source's flat difference: what an average is made of."""
     return [

@@ -42,6 +42,11 @@ def test_sources_that_are_all_clearly_worse_keep_the_base() -> None:
     assert chosen.weights == {}
 
 
+def test_without_sources_the_base_is_kept() -> None:
+    base = losses(0.1, seed=0)
+    assert gate({}, base=base, judge=worse) == (BASE, {BASE: base})
+
+
 def test_the_choice_is_the_same_every_time() -> None:
     first, considered = gate(noise_and_one_good(), base=losses(1.5, seed=1), judge=worse)
     again, others = gate(noise_and_one_good(), base=losses(1.5, seed=1), judge=worse)
