@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -181,6 +182,18 @@ def test_examples_that_are_not_there_are_a_clear_error(bench: Bench) -> None:
     done = svdmerge("rank", recipe, "--address", "none", "--examples", bench.root / "no.parquet")
     assert done.exit_code != 0
     assert "no.parquet" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_examples_of_another_width_are_told_in_three_lines(bench: Bench) -> None:
+    narrow = bench.root / "narrow.parquet"
+    table = pa.table({"x": [[1.0, 2.0]] * 6, "label": [0, 1, 2] * 2})
+    pq.write_table(table, narrow)
+    recipe = bench.write_recipe(tune=tune_section(bench.root))
+    done = svdmerge("rank", recipe, "--address", "none", "--examples", narrow)
+    assert done.exit_code == 1
+    told = [line for line in done.stderr.splitlines() if ": " in line and " done" not in line]
+    assert told[0] == "error: the backbone fails on inputs [6, 2]"
     assert "Traceback" not in done.stderr
 
 

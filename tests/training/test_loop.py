@@ -155,6 +155,8 @@ def test_a_loss_by_import_path_is_what_trains(case: Case) -> None:
         ("nowhere:loss", "loss: nowhere:loss: cannot be imported"),
         ("cross-entropy", "loss: cross-entropy: cannot be imported"),
         ("tiny_backbone:mean_loss", r"loss: returned shape \[\] for 1 examples"),
+        ("tiny_backbone:no_loss", "loss: returned None for 1 examples"),
+        ("tiny_backbone:failing_loss", r"loss: fails on scores \[1, 3\], labels \[1\]"),
     ],
 )
 def test_a_loss_that_cannot_be_used_is_told(case: Case, loss: str, message: str) -> None:
