@@ -48,14 +48,14 @@ class Backbone:
             hidden = self._output(inputs).last_hidden_state
             # Of patches (b, t, d), or of a convolution's maps (b, d, h, w).
             return _checked(hidden.mean(dim=1) if hidden.dim() == 3 else hidden.mean(dim=(2, 3)))
-        hidden = self._output(inputs, by_name=True).last_hidden_state
+        hidden = self._output(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         # At least one: a text of no tokens must not divide by zero.
         return _checked((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0))
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """A language model's scores of each next token (b, t, vocabulary)."""
-        out = self._output(inputs, by_name=True)
+        out = self._output(**inputs)
         logits: object = getattr(out, "logits", out)
         shape = (*inputs["input_ids"].shape,)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
@@ -67,15 +67,15 @@ class Backbone:
             )
         return logits
 
-    def _output(self, inputs: Inputs, *, by_name: bool = False) -> Any:
+    def _output(self, *inputs: Tensor, **columns: Tensor) -> Any:
         """What the module returns; whatever a module of anyone's raises is told as ours."""
         try:
-            return self.module(**inputs) if by_name else self.module(inputs)
+            return self.module(*inputs, **columns)
         except (SvdmergeError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            columns = {"inputs": inputs} if isinstance(inputs, Tensor) else inputs
-            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in columns.items())
+            named = {"inputs": x for x in inputs} | columns
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in named.items())
             raise TrainingError(
                 f"the backbone fails on {shapes}",
                 f"{type(error).__name__}: {error}",
