@@ -100,6 +100,16 @@ def test_where_none_helps_the_ranking_says_so(helpless: Bench) -> None:
     assert all(s.high < 0 for s in found.sources)
 
 
+def test_examples_that_tell_nothing_are_said_to(bench: Bench) -> None:
+    rows = pq.read_table(bench.root / "train.parquet")
+    pq.write_table(rows.slice(0, 3), bench.root / "one-each.parquet")  # no class is left without it
+    section = tune_section(bench.root, train=str(bench.root / "one-each.parquet"))
+    found = ranked(bench, tune=section, parameters={"k": "100%"})
+    assert [s.gain for s in found.sources] == [0.0] * 3
+    assert not any(s.sure for s in found.sources)
+    assert found.verdict.startswith("The examples tell nothing")
+
+
 def test_a_near_copy_of_a_source_is_found_and_unrelated_ones_are_not(twins: Bench) -> None:
     ((a, b, cosine),) = ranked(twins).near_duplicates
     assert {Path(a).name, Path(b).name} == {"copy", "helper"}
@@ -138,8 +148,14 @@ def test_examples_on_the_command_line_take_the_place_of_the_recipes(
     assert found.num_examples == 21
 
 
-def test_a_source_of_noise_alone_is_told_and_never_merged(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("losses", "partners"), [((0.0, 2.0), set[str]()), ((0.0, 0.0), {"noise-2", "noise-3"})]
+)
+def test_a_source_of_noise_alone_is_told_and_merged_only_where_its_help_is_sure(
+    losses: tuple[float, ...],
+    partners: set[str],
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = ranked(bench)
     assert {Path(s.name).name for s in found.sources if s.noise} == {"noise-2", "noise-3"}
@@ -148,11 +164,12 @@ def test_a_source_of_noise_alone_is_told_and_never_merged(
         judged = judging.judge(unit)
         if "noise-" not in unit.name:
             return judged
-        return replace(judged, losses=tuple(tuple(0.0 for _ in x) for x in judged.losses))
+        told = tuple(losses[i % 2] for i in range(len(judged.losses[0])))
+        return replace(judged, losses=(told,))
 
     monkeypatch.setattr(targeting, "judge", flattered)
     report = merged(bench, **MERGE_ONLY)
-    assert names(bench, adaptation(report)) <= {"helper"}
+    assert names(bench, adaptation(report)) == {"helper"} | partners
 
 
 def test_the_command_shows_a_table_and_the_verdict(bench: Bench) -> None:
