@@ -149,16 +149,17 @@ def test_examples_on_the_command_line_take_the_place_of_the_recipes(
 
 
 @pytest.mark.parametrize(
-    ("losses", "partners"), [((0.0, 2.0), set[str]()), ((0.0, 0.0), {"noise-2", "noise-3"})]
+    ("losses", "considered"), [((0.0, 2.0), set[str]()), ((0.0, 0.0), {"noise-2", "noise-3"})]
 )
-def test_a_source_of_noise_alone_is_told_and_merged_only_where_its_help_is_sure(
+def test_a_source_of_noise_alone_is_told_and_considered_only_where_its_help_is_sure(
     losses: tuple[float, ...],
-    partners: set[str],
+    considered: set[str],
     bench: Bench,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = ranked(bench)
-    assert {Path(s.name).name for s in found.sources if s.noise} == {"noise-2", "noise-3"}
+    noise = {s.revision: Path(s.name).name for s in found.sources if s.noise}
+    assert set(noise.values()) == {"noise-2", "noise-3"}
 
     def flattered(unit: judging.JudgeUnit) -> judging.Judged:
         judged = judging.judge(unit)
@@ -169,7 +170,8 @@ def test_a_source_of_noise_alone_is_told_and_merged_only_where_its_help_is_sure(
 
     monkeypatch.setattr(targeting, "judge", flattered)
     report = merged(bench, **MERGE_ONLY)
-    assert names(bench, adaptation(report)) == {"helper"} | partners
+    mixed = {s for c in adaptation(report).considered for s in c.mix.weights}
+    assert {noise[s] for s in mixed & set(noise)} == considered
 
 
 def test_the_command_shows_a_table_and_the_verdict(bench: Bench) -> None:

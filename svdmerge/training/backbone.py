@@ -67,15 +67,16 @@ class Backbone:
             )
         return logits
 
-    def _output(self, *inputs: Tensor, **columns: Tensor) -> Any:
+    def _output(self, *inputs: Inputs, **columns: Tensor) -> Any:
         """What the module returns; whatever a module of anyone's raises is told as ours."""
         try:
             return self.module(*inputs, **columns)
         except (SvdmergeError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            named = {"inputs": x for x in inputs} | columns
-            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in named.items())
+            for x in inputs:
+                columns |= {"inputs": x} if isinstance(x, Tensor) else x
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in columns.items())
             raise TrainingError(
                 f"the backbone fails on {shapes}",
                 f"{type(error).__name__}: {error}",
