@@ -398,4 +398,13 @@ def test_a_whole_run_tunes_what_was_merged(bench: Bench) -> None:
     report = bench.run(**targeted(bench))
     assert report.status == "done"
     assert report.tune is not None
-    assert bench.run(**targeted(bench)).status == "unchanged"
+    again = bench.run(**targeted(bench))
+    assert again.status == "unchanged"
+    assert again.adaptation == report.adaptation
+
+
+def test_a_run_that_changes_nothing_still_tells_that_no_source_helps(helpless: Bench) -> None:
+    first, again = (helpless.run(**targeted(helpless)) for _ in range(2))
+    assert (first.status, again.status) == ("done", "unchanged")
+    assert again.warnings == first.warnings
+    assert any("No source helps" in warning for warning in again.warnings)
