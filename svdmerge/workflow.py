@@ -15,6 +15,7 @@ from svdmerge import __version__
 from svdmerge.engine import assemble, select
 from svdmerge.engine.decompose import decompose, pending
 from svdmerge.engine.estimate import estimate
+from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
@@ -85,7 +86,6 @@ class Run:
             "decompose",
             lambda: decompose(
                 self.plan,
-                attempt=self._attempt,
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
@@ -99,7 +99,7 @@ class Run:
             RecipeError: there are no examples.
             TrainingError: they cannot be used.
         """
-        if next(pending(self.plan, whole=True), None):
+        if next(pending(self.plan, self._inventory(), whole=True), None):
             self.decompose(whole=True)
         self._timed("rank", lambda: self._rank(self._targeting(config)))
 
@@ -136,14 +136,12 @@ class Run:
                 "",
                 "Give --examples FILE, or add a `tune` section with `train`.",
             )
-        return Targeting(
-            self.plan, config, runtime=self._runtime, progress=self._progress,
-            attempt=self._attempt,
-        )  # fmt: skip
+        return Targeting(self.plan, config, runtime=self._runtime, progress=self._progress)
 
     def select(self) -> pa.Table:
         """The selection. Raises: StoreError, if a source is not decomposed."""
-        if missing := next(pending(self.plan), None):
+        inventory = self._inventory()
+        if missing := next(pending(self.plan, inventory), None):
             raise StoreError(
                 f"{missing.reference}: is not decomposed to the depth this recipe needs",
                 f"First missing: {missing.name}.",
@@ -155,10 +153,7 @@ class Run:
         def work() -> list[Receipt]:
             table.append(
                 select.select(
-                    self._merged,
-                    attempt=self._attempt,
-                    runtime=self._runtime,
-                    progress=self._progress,
+                    self._merged, inventory, runtime=self._runtime, progress=self._progress
                 )
             )
             return []
@@ -233,6 +228,9 @@ class Run:
             self.assemble(self.select())
         if self.plan.recipe.tune is not None:
             self.tune()
+
+    def _inventory(self) -> Inventory:
+        return take_inventory(self.plan, runtime=self._runtime, progress=self._progress)
 
     def _is_done(self) -> bool:
         """Whether the output is that of this plan, and whole."""

@@ -16,7 +16,10 @@ from tiny import tiny_base, tiny_source, write_model
 from torch import Tensor
 
 from svdmerge.core.methods.registry import METHODS
+from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan, make_plan
+from svdmerge.engine.runtime import InProcess
+from svdmerge.progress import SILENT
 from svdmerge.recipe import Recipe, parse_recipe
 from svdmerge.report.run_report import RunReport
 from svdmerge.storage.hf_model import PROVENANCE, load_factors, read_factors
@@ -112,6 +115,11 @@ def command(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Compl
 
 
 # --- what a run leaves ---
+
+
+def inventory_of(plan: Plan) -> Inventory:
+    """What the store holds now."""
+    return take_inventory(plan, runtime=InProcess(), progress=SILENT)
 
 
 def weights(out: Path) -> dict[str, bytes]:

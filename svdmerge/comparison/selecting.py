@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -94,9 +93,7 @@ def _commit(
     _write(plan.store, path, commit.to_json())
 
 
-def _blocks(
-    plan: Plan, group: Sequence[Parameter], spectra: Sequence[Spectrum]
-) -> Iterator[Block]:
+def _blocks(plan: Plan, group: Sequence[Parameter], spectra: Sequence[Spectrum]) -> Iterator[Block]:
     offset = 0
     for p, x in zip(group, spectra, strict=True):
         for first in range(0, plan.depth(p), layout.BLOCK):
@@ -116,5 +113,5 @@ def _put(store: Folder, path: str, data: bytes) -> Entry:
 def _write(store: Folder, path: str, data: bytes) -> None:
     # Not `Folder.put`: thousands of syncs would take minutes, and nothing here is worth keeping.
     target = Path(store.path(path))
-    os.makedirs(target.parent, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(data)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from merging import Bench, micro_bench, tiny_bench, tree
 
 from svdmerge.engine.whatif import whatif
-from svdmerge.engine.winners import Listed, all_values, select_matrix
+from svdmerge.engine.winners import Listed, Winners, all_values, select_matrix
 from svdmerge.errors import StoreError
 from svdmerge.storage.shards import Spectrum
 
@@ -23,6 +23,12 @@ def listed(name: str, s: list[float], *, weight: float = 1.0, bound: float = 0.0
         noise=0.0, first=0, s=values, solver="exact",
     )  # fmt: skip
     return Listed(sha256=name, source=f"source {name}", weight=weight, spectra=[spectrum])
+
+
+def ids(sources: list[Listed], rows: Winners) -> list[tuple[float, str, int]]:
+    """Value, content and index of each."""
+    contents = [sources[i].sha256 for i in rows.source]
+    return list(zip(rows.s.tolist(), contents, rows.index.tolist(), strict=True))
 
 
 spectrum_lists = st.lists(
@@ -39,7 +45,7 @@ def test_the_selection_is_the_head_of_all_values_sorted_with_ties_by_content(
     spectra: list[list[float]], k: int
 ) -> None:
     sources = [listed(f"{i}", s) for i, s in enumerate(spectra)]
-    got = [(r.s, r.sha256, r.index) for r in select_matrix(sources, salience="sigma", k=k)]
+    got = ids(sources, select_matrix(sources, salience="sigma", k=k))
     pool = [(s, f"{i}", j) for i, values in enumerate(spectra) for j, s in enumerate(values) if s]
     assert got == sorted(pool, key=lambda row: (-row[0], row[1], row[2]))[:k]
 
@@ -51,15 +57,15 @@ def test_what_is_kept_of_a_source_is_a_prefix_of_its_list(
     rows = select_matrix(
         [listed(f"{i}", s) for i, s in enumerate(spectra)], salience="relative", k=k
     )
-    for source in {r.source for r in rows}:
-        indices = [r.index for r in rows if r.source == source]
-        assert sorted(indices) == list(range(len(indices)))
+    for source, kept in enumerate(rows.kept(len(spectra))):
+        assert sorted(rows.index[rows.source == source]) == list(range(kept))
 
 
 def test_a_weight_lifts_a_sources_values() -> None:
     sources = [listed("a", [2.0, 1.0]), listed("b", [1.5, 1.0], weight=2.0)]
     rows = select_matrix(sources, salience="sigma", k=2)
-    assert [(r.sha256, r.s, r.salience) for r in rows] == [("b", 1.5, 3.0), ("a", 2.0, 2.0)]
+    assert ids(sources, rows) == [(1.5, "b", 0), (2.0, "a", 0)]
+    assert rows.salience.tolist() == [3.0, 2.0]
 
 
 def test_overlapping_records_of_a_matrix_are_read_as_one_list() -> None:
