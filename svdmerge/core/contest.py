@@ -1,8 +1,9 @@
 """The last slots of a budget that many matrices share: who gets them among nearly equal rivals."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,7 +24,7 @@ class Rivals:
     keys: tuple[str, ...]
 
     @staticmethod
-    def of(parts: Iterable[tuple[Float[Array, " p"], str]]) -> "Rivals":
+    def of(parts: Iterable[tuple[Float[Array, " _"], str]]) -> "Rivals":
         """Rivals from the saliences of each key; one may come in several parts."""
         found = [(salience, key) for salience, key in parts if len(salience)]
         keys = tuple(sorted({key for _, key in found}))
@@ -53,11 +54,12 @@ class Rivals:
         used, key = np.unique(self.key[kept], return_inverse=True)
         return Rivals(salience=self.salience[kept], key=key, keys=tuple(self.keys[i] for i in used))
 
-    def by_key(self) -> Iterable[tuple[Float[Array, " p"], str]]:
+    def by_key(self) -> Iterator[tuple[Float[Array, " _"], str]]:
         """The saliences of each key."""
         order = np.argsort(self.key, kind="stable")
-        ends = np.searchsorted(self.key[order], np.arange(1, len(self.keys) + 1))
-        return zip(np.split(self.salience[order], ends[:-1]), self.keys, strict=True)
+        starts = np.searchsorted(self.key[order], np.arange(len(self.keys) + 1))
+        for key, (start, stop) in zip(self.keys, pairwise(starts), strict=True):
+            yield self.salience[order[start:stop]], key
 
     def by_parameter(self) -> Counter[str]:
         """How many there are of each parameter."""

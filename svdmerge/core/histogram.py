@@ -30,7 +30,7 @@ class Histogram:
     counts: Int[Array, " b"]
 
     @staticmethod
-    def of(parts: Iterable[Float[Array, " c"]]) -> "Histogram":
+    def of(parts: Iterable[Float[Array, " _"]]) -> "Histogram":
         """Of saliences, one part at a time."""
         counts = np.zeros(NUM_BINS, np.int64)
         for part in parts:

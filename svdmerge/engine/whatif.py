@@ -55,7 +55,8 @@ class Outcome:
 
     def to_json(self) -> dict[str, object]:
         """The outcome as plain values."""
-        return asdict(self) | {"certain": self.certain}
+        fields: dict[str, object] = asdict(self)
+        return fields | {"certain": self.certain}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

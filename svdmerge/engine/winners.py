@@ -119,7 +119,7 @@ def select_matrix(listed: Sequence[Listed], *, salience: str, k: int) -> Winners
 
 def _ranked(listed: Sequence[Listed], *, salience: str, of_each: int, k: int) -> Winners:
     # A source's values descend, and so do its saliences: what it gives is among its first.
-    values = [all_values(x.spectra)[: min(of_each, x.most)] for x in listed]
+    values = [all_values(x.spectra, most=min(of_each, x.most)) for x in listed]
     scores = [salience_of(x, s, salience=salience) for x, s in zip(listed, values, strict=True)]
     s = np.concatenate([np.zeros(0, np.float32), *values])
     ranked = np.concatenate([np.zeros(0), *scores])
@@ -130,16 +130,17 @@ def _ranked(listed: Sequence[Listed], *, salience: str, of_each: int, k: int) ->
     return Winners(source=source[best], index=index[best], s=s[best], salience=ranked[best])
 
 
-def all_values(spectra: Sequence[Spectrum]) -> Float[np.ndarray, " c"]:
-    """A matrix's singular values from the first on, from records that may overlap.
+def all_values(spectra: Sequence[Spectrum], *, most: int | None = None) -> np.ndarray:
+    """A matrix's singular values (`most` of them) from the first on, from records that may overlap.
 
     Each block's are within tolerance of their own: where two overlap, the running minimum.
     """
     values = np.zeros(0, np.float32)
     for part in spectra:
         if part.first <= len(values):
-            values = np.concatenate([values, part.s[len(values) - part.first :]])
-    return np.minimum.accumulate(values)
+            new = part.s[len(values) - part.first :]
+            values = np.concatenate([values, new]) if len(values) else new
+    return np.minimum.accumulate(values[:most])
 
 
 def salience_of(

@@ -78,7 +78,8 @@ class Commit(Coverage):
         """The record in bytes, read at a place. Raises: StoreError, if it is not one."""
         with _told(place):
             raw = _record(data, place)
-            return Commit(**raw | {"blocks": tuple(Block(**b) for b in raw["blocks"])})
+            raw["blocks"] = tuple(Block(**b) for b in raw["blocks"])
+            return Commit(**raw)
 
 
 def _record(data: bytes, place: str) -> dict[str, Any]:
