@@ -1,15 +1,24 @@
-"""Made-up spectra for measuring the selection: in a store as a decomposition leaves it."""
+"""What selecting costs, on made-up spectra: from a store as it would be, or streamed, too many for
+one."""
 
 import hashlib
 import json
+import os
+import resource
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
+from svdmerge.core.contest import Rivals
+from svdmerge.core.histogram import Histogram
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.plan import Plan
+from svdmerge.engine.select_tasks import Budget, rivals_of, spread
+from svdmerge.engine.winners import Listed
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import SINGLE
 from svdmerge.storage.filesystem import Folder
@@ -115,3 +124,100 @@ def _write(store: Folder, path: str, data: bytes) -> None:
     target = Path(store.path(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamUnit:
+    """Made-up matrices of many sources, drawn when they are looked at and never stored."""
+
+    name: str
+    first: int
+    num_matrices: int
+    num_sources: int
+    rank: int
+    memory_bytes: int = 512 << 20
+    threads: int = 1
+
+
+def stream_units(num_values: int, *, num_sources: int, rank: int) -> list[StreamUnit]:
+    """As many matrices as make up so many values, sixteen in each unit."""
+    num_matrices = -(-num_values // (num_sources * rank))
+    return [
+        StreamUnit(
+            name=f"stream {first}", first=first, num_matrices=min(16, num_matrices - first),
+            num_sources=num_sources, rank=rank,
+        )
+        for first in range(0, num_matrices, 16)
+    ]  # fmt: skip
+
+
+def streamed(unit: StreamUnit) -> Iterator[tuple[Budget, list[Listed]]]:
+    """Each matrix with all sources' values: power laws of 31 exponents and any size."""
+    counts = np.arange(1, unit.rank + 1, dtype=np.float32)
+    laws = [counts ** -np.float32(power) for power in np.linspace(*STEEPNESS, 31)]
+    for i in range(unit.first, unit.first + unit.num_matrices):
+        generator = np.random.default_rng(i)
+        parameter = Parameter(
+            id=f"{i}", tensor=f"{i}", start=0, m=unit.rank, n=unit.rank, action=Action.DECOMPOSE
+        )
+        listed = [
+            _listed(parameter, source, law=laws[power], scale=np.float32(scale))
+            for source, (power, scale) in enumerate(
+                zip(
+                    generator.integers(0, 31, unit.num_sources),
+                    generator.lognormal(0.0, 0.5, unit.num_sources),
+                    strict=True,
+                )
+            )
+        ]
+        k = max(1, unit.rank // 10)
+        yield Budget(parameter=parameter, k=k, most=unit.rank, slots=k), listed
+
+
+def weigh(unit: StreamUnit) -> Histogram:
+    """The histogram of a unit's matrices."""
+    return spread(streamed(unit), salience="sigma")
+
+
+def contest(unit: StreamUnit, *, cut: int, k: int) -> tuple[dict[str, int], Rivals]:
+    """The counts above the cut and the rivals of a unit's matrices."""
+    return rivals_of(streamed(unit), salience="sigma", cut=cut, k=k)
+
+
+def _listed(
+    parameter: Parameter, source: int, *, law: Float[np.ndarray, " r"], scale: np.float32
+) -> Listed:
+    name = f"{source:064d}"
+    spectrum = Spectrum(
+        parameter=parameter.id, sha256=name, m=parameter.m, n=parameter.n, fro=1.0, bound=0.0,
+        noise=0.0, first=0, s=law * scale, solver="made up",
+    )  # fmt: skip
+    return Listed(sha256=name, source=name, weight=1.0, spectra=[spectrum])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a process took so far."""
+
+    pid: int
+    peak_bytes: int
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A unit that asks a worker for its usage."""
+
+    name: str = "usage"
+    memory_bytes: int = 1 << 20
+    threads: int = 1
+
+
+def usage(question: Question | None = None) -> Usage:
+    """Of this process; a moment later, so that every worker gets asked."""
+    if question is not None:
+        time.sleep(0.2)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return Usage(
+        pid=os.getpid(), peak_bytes=used.ru_maxrss << 10, cpu_s=used.ru_utime + used.ru_stime
+    )

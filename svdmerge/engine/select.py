@@ -1,18 +1,19 @@
 """Select: the most salient components of every matrix, or of all, from stored spectra alone."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import pyarrow as pa
 
-from svdmerge.core.contest import merged
+from svdmerge.core.contest import Rivals, merged
 from svdmerge.core.histogram import Histogram
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine import select_tasks
 from svdmerge.engine.inventory import Inventory
 from svdmerge.engine.plan import Plan
-from svdmerge.engine.runtime import Runtime
+from svdmerge.engine.runtime import Runtime, Unit
 from svdmerge.engine.select_tasks import Budget, SelectUnit
 from svdmerge.engine.tasks import Pick
 from svdmerge.engine.winners import Contender
@@ -20,6 +21,7 @@ from svdmerge.progress import Progress
 from svdmerge.storage import schema
 from svdmerge.storage.shards import decode_table, encode_table
 
+U = TypeVar("U", bound=Unit)
 SELECTION = "selection.arrow"
 # Spectra (one row per source and matrix) that one task reads: about 100 MB at rank 4096.
 SPECTRA_PER_UNIT = 8192
@@ -58,22 +60,32 @@ def choose_components(
 
 
 def find_cut(plan: Plan, inventory: Inventory, *, runtime: Runtime, progress: Progress) -> Cut:
-    """How many components each matrix keeps, by the values that are stored.
-
-    Scope `layer`: what its budget says. Scope `global`: histograms of all matrices' saliences are
-    added up and give the bin in which the cut falls; what lies above is kept, and the rivals in
-    that bin alone travel, to be ranked by (salience, sha256, parameter, index).
-    """
+    """How many components each matrix keeps, by the values that are stored: what its budget says,
+    or, in the scope `global`, its share of the sum of all budgets."""
     matrices = [p for p in plan.parameters if p.action is Action.DECOMPOSE]
     if not plan.is_global:
         return Cut(kept={p.source_id: plan.of_each(p) for p in matrices})
     whole = Cut(kept={p.source_id: p.rank for p in matrices})
     units = list(select_units(plan, inventory, whole))
-    parts = runtime.map(select_tasks.weigh, units, stage="histogram", progress=progress)
-    total = sum(plan.budget(p) for p in matrices)
+    return common_cut(
+        units, total=sum(plan.budget(p) for p in matrices), weigh=select_tasks.weigh,
+        contest=select_tasks.contest, runtime=runtime, progress=progress,
+    )  # fmt: skip
+
+
+def common_cut(
+    units: Sequence[U], *, total: int, weigh: Callable[[U], Histogram],
+    contest: Callable[..., tuple[dict[str, int], Rivals]], runtime: Runtime, progress: Progress,
+) -> Cut:  # fmt: skip
+    """The cut of a budget over all units' matrices.
+
+    Their histograms are added up and give the bin in which it falls; what lies above is kept, and
+    the rivals in that bin alone travel, to be ranked by (salience, sha256, parameter, index).
+    """
+    parts = runtime.map(weigh, units, stage="histogram", progress=progress)
     cut, num_above = Histogram.merged(parts).cut(total)
     left = total - num_above
-    task = partial(select_tasks.contest, cut=cut, k=left)
+    task = partial(contest, cut=cut, k=left)
     found = runtime.map(task, units, stage="contest", progress=progress)
     last = merged((rivals for _, rivals in found), k=left)
     kept = {name: n for above, _ in found for name, n in above.items()}

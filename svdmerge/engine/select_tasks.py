@@ -1,7 +1,7 @@
 """What selecting runs on workers: sidecars in, counts and ids out. No vector is read."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,16 +79,27 @@ def shortfalls(unit: SelectUnit, *, floor: float) -> list[tuple[str, str, int]]:
 
 
 def weigh(unit: SelectUnit) -> Histogram:
-    """How the saliences that could be kept are spread, those of one matrix in memory at a time."""
-    return Histogram.of(_saliences(unit, b, listed).salience for b, listed in _decomposed(unit))
+    """How the saliences that could be kept are spread."""
+    return spread(matrices(unit), salience=unit.salience)
 
 
 def contest(unit: SelectUnit, *, cut: int, k: int) -> tuple[dict[str, int], Rivals]:
     """Per matrix how many lie in bins above the `cut`, and the first `k` of those inside it."""
+    return rivals_of(matrices(unit), salience=unit.salience, cut=cut, k=k)
+
+
+def spread(found: Iterable[tuple[Budget, list[Listed]]], *, salience: str) -> Histogram:
+    """The histogram of matrices, the saliences of one in memory at a time."""
+    return Histogram.of(rows.salience for _, _, rows in _ranked(found, salience=salience))
+
+
+def rivals_of(
+    found: Iterable[tuple[Budget, list[Listed]]], *, salience: str, cut: int, k: int
+) -> tuple[dict[str, int], Rivals]:
+    """Counts and rivals of matrices, as `contest` tells them."""
     above: dict[str, int] = {}
     rivals: list[tuple[np.ndarray, str]] = []
-    for b, listed in _decomposed(unit):
-        rows = _saliences(unit, b, listed)
+    for b, listed, rows in _ranked(found, salience=salience):
         bins = bins_of(rows.salience)
         above[b.parameter.source_id] = int((bins > cut).sum())
         at = np.flatnonzero(bins == cut)
@@ -119,12 +130,13 @@ def matrices(unit: SelectUnit) -> Iterator[tuple[Budget, list[Listed]]]:
         yield b, listed
 
 
-def _decomposed(unit: SelectUnit) -> Iterator[tuple[Budget, list[Listed]]]:
-    return (x for x in matrices(unit) if x[0].parameter.action is Action.DECOMPOSE)
-
-
-def _saliences(unit: SelectUnit, b: Budget, listed: list[Listed]) -> Winners:
-    return select_matrix(listed, salience=unit.salience, k=b.most)
+def _ranked(
+    found: Iterable[tuple[Budget, list[Listed]]], *, salience: str
+) -> Iterator[tuple[Budget, list[Listed], Winners]]:
+    """As many of each decomposed matrix as there may be of it."""
+    for b, listed in found:
+        if b.parameter.action is Action.DECOMPOSE:
+            yield b, listed, select_matrix(listed, salience=salience, k=b.most)
 
 
 def _winners(unit: SelectUnit, b: Budget, listed: list[Listed]) -> Winners:
