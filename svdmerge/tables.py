@@ -47,7 +47,10 @@ def plan_tables(found: "Estimate") -> list[Table]:
         example.setdefault(key, t.name)
     tensors = table(
         "Tensors",
-        columns=("first of its kind", "num", "shape", "dtype", "action", "k"),
+        columns=(
+            *("first of its kind", "num", "shape", "dtype", "action"),
+            "k" if found.scope == "layer" else "k, at most",
+        ),
         rows=((example[key], num, key[1], key[2], key[0], key[3]) for key, num in alike.items()),
     )
     costs = table(

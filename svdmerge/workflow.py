@@ -410,6 +410,7 @@ def out_name(plan: Plan) -> str:
 def _summary(plan: Plan) -> str:
     p = plan.recipe.parameters
     share = f"{p.k:.4g} of each matrix's rank" if isinstance(p.k, float) else f"{p.k} per matrix"
+    share += ", spent over all matrices" * plan.is_global
     return plan.method.summary.format(
         n=len(plan.sources), k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
     )
