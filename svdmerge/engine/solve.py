@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from svdmerge.core.blocks import EXACT, WIDTH, Block, exact_block, next_block
+from svdmerge.core.block_shape import WIDTH
+from svdmerge.core.blocks import EXACT, Block, exact_block, next_block
 from svdmerge.core.components import RankOneComponents, concatenate, flat, none
 from svdmerge.core.noise import noise_edge
 from svdmerge.core.params import Action, Parameter
