@@ -22,3 +22,9 @@ def block_width(rank: int) -> int:
 def max_steps(rank: int, *, share: float = BASIS_SHARE) -> int:
     """Steps of Lanczos for a basis of a share of the rank, at least MIN_STEPS."""
     return max(MIN_STEPS, int(share * rank / block_width(rank)))
+
+
+def steps_within(rank: int, *, itemsize: int) -> int:
+    """Steps of Lanczos where its basis is what needs most memory: in float64 half of those in
+    float32."""
+    return max_steps(rank, share=BASIS_SHARE * 4 / itemsize)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core import svd
-from svdmerge.core.block_shape import BASIS_SHARE, WIDTH, block_width, max_steps
+from svdmerge.core.block_shape import WIDTH, block_width, max_steps
 from svdmerge.core.certificate import remainder_bound
 from svdmerge.core.components import RankOneComponents, concatenate, none
 from svdmerge.core.lanczos import leading, rayleigh_ritz
@@ -62,31 +62,32 @@ def next_block(
         return exact_block(delta, stored=stored)
     found = lanczos_block(
         partial(Dense, delta), shape=tuple(delta.shape), stored=lambda: stored, fro=fro,
-        parameter=parameter, share=BASIS_SHARE,
+        parameter=parameter, steps=lambda _: max_steps(n),
     )  # fmt: skip
     return found or exact_block(delta, stored=stored)
 
 
 def lanczos_block(
     products: Callable[[torch.dtype], Products], *, shape: tuple[int, ...],
-    stored: Callable[[], RankOneComponents], fro: float, parameter: str, share: float,
+    stored: Callable[[], RankOneComponents], fro: float, parameter: str,
+    steps: Callable[[torch.dtype], int],
 ) -> Block | None:  # fmt: skip
     """The block after those stored, of a matrix known by its products; None where Lanczos reaches
-    nothing. The stored components are read when needed, for they can outweigh all else.
-
-    `share` of the rank is what a basis in float32 has at most.
+    nothing. The stored components are read when needed, for they can outweigh all else; `steps` are
+    those at most of Lanczos in a dtype.
     """
     (m, n), known = shape, stored()
     if fro == 0.0 or len(known) >= min(m, n):
         return Block(components=none(m, n).to(torch.float64), bound=0.0, solver="none")
     seed = svd.seed_of(parameter, m=m, n=n, block=len(known))
-    block = _iterated(products(torch.float32), known, fro=fro, seed=seed, share=share)
+    a = products(torch.float32)
+    block = _iterated(a, known, fro=fro, seed=seed, steps=steps(a.dtype))
     if len(block.components) or block.bound == 0.0:
         return block
+    del known
     # In float64 without what the rounding of stored vectors leaves of them in the difference.
     a = products(torch.float64)
-    del known
-    block = _iterated(a, _polished(a, stored()), fro=fro, seed=seed, share=share)
+    block = _iterated(a, _polished(a, stored()), fro=fro, seed=seed, steps=steps(a.dtype))
     return block if len(block.components) or block.bound == 0.0 else None
 
 
@@ -101,13 +102,11 @@ def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:
     return n <= SMALL or flat or len(s) >= LANCZOS_SHARE * n
 
 
-def _iterated(
-    a: Products, known: RankOneComponents, *, fro: float, seed: int, share: float
-) -> Block:
+def _iterated(a: Products, known: RankOneComponents, *, fro: float, seed: int, steps: int) -> Block:
     """The block by Lanczos; maybe empty."""
     (m, n), rank = a.shape, min(a.shape)
     width = min(block_width(rank), rank - len(known))
-    right = leading(a, known=known, width=width, max_steps=max_steps(rank, share=share), seed=seed)
+    right = leading(a, known=known, width=width, max_steps=steps, seed=seed)
     found = svd.fix_signs(rayleigh_ritz(a, right, known))
     every = concatenate([known.to(torch.float64), found])
     bound = remainder_bound(a, known=every, fro=fro, seed=seed + 1)

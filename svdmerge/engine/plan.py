@@ -5,11 +5,12 @@ import itertools
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from svdmerge.core.methods.registry import METHODS, Method, Takes
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
+from svdmerge.engine.memory import iteration_bytes
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.storage import layout
@@ -103,6 +104,15 @@ class Plan:
         """The most components stored of each source: what it can give, in whole blocks."""
         return min(parameter.rank, -(-self.of_each(parameter) // BLOCK) * BLOCK)
 
+    def block_rows(self, parameter: Parameter) -> int | None:
+        """Rows of a block, where a matrix is decomposed in blocks of rows because no task may hold
+        it; by its shape alone. The exact solver has to hold it."""
+        entries = self.recipe.resources.max_matrix // 8
+        held = parameter.action is not Action.DECOMPOSE or parameter.numel <= entries
+        if held or self.recipe.parameters.svd == "exact":
+            return None
+        return max(1, entries // parameter.n)
+
     @property
     def is_shared(self) -> bool:
         """Whether sources compete for a budget, so that few of each may do."""
@@ -151,10 +161,11 @@ def make_plan(recipe: Recipe) -> Plan:
         sources=sources,
         actions=actions,
         parameters=parameters,
-        groups=tuple(_grouped(parameters, base=base)),
+        groups=(),
         hash=_hash(recipe, base=base, sources=sources, actions=actions),
         averaged_over=len(sources),
     )
+    plan = replace(plan, groups=tuple(_grouped(plan)))
     _check_memory(plan)
     return plan
 
@@ -203,6 +214,8 @@ def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
 
 def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
     """Peak memory of a unit: its largest matrix, and twice what it stores (once encoded)."""
+    if plan.block_rows(parameters[0]) is not None:
+        return iteration_bytes(parameters[0], depth=plan.depth(parameters[0]))
     stored = sum(stored_bytes(p, depth=plan.depth(p)) for p in parameters)
     peak = max(decompose_bytes(p, depth=plan.depth(p)) for p in parameters)
     return peak + 2 * stored
@@ -316,19 +329,18 @@ def _refuse_same_ids(parameters: Sequence[Parameter]) -> None:
             )
 
 
-def _grouped(
-    parameters: Sequence[Parameter], *, base: Checkpoint
-) -> Iterator[tuple[Parameter, ...]]:
-    """Parameters in runs of about UNIT_BYTES of the base's bytes."""
+def _grouped(plan: Plan) -> Iterator[tuple[Parameter, ...]]:
+    """Parameters in runs of about UNIT_BYTES of the base's bytes; what no task may hold, alone."""
     group: list[Parameter] = []
     size = 0
-    for parameter in parameters:
-        ref = base.tensors[parameter.tensor]
-        size += parameter.numel * (ref.nbytes // max(1, ref.numel))
-        group.append(parameter)
-        if size >= UNIT_BYTES:
+    for parameter in plan.parameters:
+        ref = plan.base.tensors[parameter.tensor]
+        alone = plan.block_rows(parameter) is not None
+        if group and (alone or size >= UNIT_BYTES):
             yield tuple(group)
             group, size = [], 0
+        size += UNIT_BYTES if alone else parameter.numel * (ref.nbytes // max(1, ref.numel))
+        group.append(parameter)
     if group:
         yield tuple(group)
 
