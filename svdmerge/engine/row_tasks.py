@@ -14,9 +14,8 @@ from svdmerge.core.delta import delta
 from svdmerge.core.noise import SquaredNorms, squared_norms
 from svdmerge.core.params import Parameter
 from svdmerge.core.products import DOUBLED, image, step
-from svdmerge.engine.memory import TILE
 from svdmerge.engine.tasks import check_finite, peak_rss_bytes
-from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
+from svdmerge.storage.checkpoint import ITEM_BYTES, TILE, TensorRef
 from svdmerge.storage.filesystem import Folder
 
 
