@@ -65,7 +65,7 @@ def measure(work: Path, *, rows: int, columns: int, k: str, memory: str) -> None
         report = run.all()
         seconds = time.perf_counter() - start
     tensors = 2 * run.plan.base.nbytes
-    lines = [
+    lines: list[tuple[object, ...]] = [
         (
             name, stage.tasks, stage.passes, f"{stage.bytes_read / stage.passes / tensors:.3f}",
             size(stage.peak_rss_bytes), size(stage.peak_rss_bytes - own),

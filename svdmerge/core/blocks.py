@@ -70,24 +70,26 @@ def next_block(
 def lanczos_block(
     products: Callable[[torch.dtype], Products], *, shape: tuple[int, ...],
     stored: Callable[[], RankOneComponents], fro: float, parameter: str,
-    steps: Callable[[torch.dtype], int],
+    steps: Callable[[torch.dtype], int], restarts: int = 0,
 ) -> Block | None:  # fmt: skip
     """The block after those stored, of a matrix known by its products; None where Lanczos reaches
     nothing. The stored components are read when needed, for they can outweigh all else; `steps` are
-    those at most of Lanczos in a dtype.
+    those at most of Lanczos in a dtype, and of each of its `restarts`.
     """
     (m, n), known = shape, stored()
     if fro == 0.0 or len(known) >= min(m, n):
         return Block(components=none(m, n).to(torch.float64), bound=0.0, solver="none")
     seed = svd.seed_of(parameter, m=m, n=n, block=len(known))
     a = products(torch.float32)
-    block = _iterated(a, known, fro=fro, seed=seed, steps=steps(a.dtype))
+    block = _iterated(a, known, fro=fro, seed=seed, steps=steps(a.dtype), restarts=restarts)
     if len(block.components) or block.bound == 0.0:
         return block
     del known
     # In float64 without what the rounding of stored vectors leaves of them in the difference.
     a = products(torch.float64)
-    block = _iterated(a, _polished(a, stored()), fro=fro, seed=seed, steps=steps(a.dtype))
+    block = _iterated(
+        a, _polished(a, stored()), fro=fro, seed=seed, steps=steps(a.dtype), restarts=restarts
+    )
     return block if len(block.components) or block.bound == 0.0 else None
 
 
@@ -102,11 +104,13 @@ def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:
     return n <= SMALL or flat or len(s) >= LANCZOS_SHARE * n
 
 
-def _iterated(a: Products, known: RankOneComponents, *, fro: float, seed: int, steps: int) -> Block:
+def _iterated(
+    a: Products, known: RankOneComponents, *, fro: float, seed: int, steps: int, restarts: int
+) -> Block:
     """The block by Lanczos; maybe empty."""
     (m, n), rank = a.shape, min(a.shape)
     width = min(block_width(rank), rank - len(known))
-    right = leading(a, known=known, width=width, max_steps=steps, seed=seed)
+    right = leading(a, known=known, width=width, max_steps=steps, seed=seed, restarts=restarts)
     found = svd.fix_signs(rayleigh_ritz(a, right, known))
     every = concatenate([known.to(torch.float64), found])
     bound = remainder_bound(a, known=every, fro=fro, seed=seed + 1)

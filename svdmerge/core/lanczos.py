@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,18 +32,34 @@ SHRINKS = 20.0
 
 
 def leading(
-    a: Products, *, known: RankOneComponents, width: int, max_steps: int, seed: int
-) -> Float[Tensor, "n b"]:
+    a: Products, *, known: RankOneComponents, width: int, max_steps: int, seed: int,
+    restarts: int = 0,
+) -> Float[Tensor, "n b"]:  # fmt: skip
     """Right vectors, at most `width`, of the largest components of B = (I - U U^T) A (I - V V^T),
     U and V those of `known`: the converged ones, down to what the dtype of A can reach.
 
     Stops when all `width` have converged, when only rounding is left, or after `max_steps` blocks.
+    Where none have by then, as where values hardly fall, starts again from the best so far.
     A wide A takes no more passes than a tall one, only longer vectors.
 
     Reference: block Lanczos on A^T A, Golub, Underwood 1977; convergence without a gap, Musco,
     Musco, arXiv 1504.05477, algorithm 2.
     """
-    krylov = _Krylov(a, known=known, width=width, max_steps=max_steps, seed=seed)
+    b = Deflated(a, known.vh.T, known.u)
+    largest = float(known.s.max()) if len(known) else 0.0
+    generator = torch.Generator().manual_seed(seed)
+    # Drawn on the CPU whatever the device, so that all start from the same columns.
+    start = torch.randn(a.shape[1], width, generator=generator).to(b.v)
+    while True:
+        krylov = _Krylov(b, start=start, largest=largest, max_steps=max_steps)
+        ritz = _iterate(krylov)
+        if restarts == 0 or ritz.converged or not ritz.reached or krylov.is_spent():
+            return krylov.basis() @ ritz.vectors[:, : ritz.converged]
+        start, restarts = krylov.basis() @ ritz.vectors, restarts - 1
+
+
+def _iterate(krylov: "_Krylov") -> "_Ritz":
+    """The leading approximations once enough have converged, or no more can."""
     look = BLIND_STEPS + 1
     while True:
         krylov.extend()
@@ -53,7 +68,7 @@ def leading(
             continue
         ritz = krylov.look()
         if ritz.worst <= 1.0 or last:
-            return krylov.basis() @ ritz.vectors[:, : ritz.converged]
+            return ritz
         look = krylov.steps + max(1, int(math.log(ritz.worst, SHRINKS)))
 
 
@@ -75,8 +90,10 @@ class _Ritz:
     """The leading approximations within a basis."""
 
     vectors: Float[Tensor, "b k"]
+    reached: int
+    """How many of the leading ones can be reached in this dtype, ..."""
     converged: int
-    """How many of the leading ones have converged, and can be reached in this dtype."""
+    """... and have converged."""
     worst: float
     """The largest ratio of a residual to what is allowed."""
 
@@ -85,23 +102,18 @@ class _Krylov:
     """An orthonormal basis Q of the Krylov space of B^T B, and the Gram matrix of B Q."""
 
     def __init__(
-        self, a: Products, *, known: RankOneComponents, width: int, max_steps: int, seed: int
+        self, b: Deflated, *, start: Float[Tensor, "n w"], largest: float, max_steps: int
     ) -> None:
-        (m, n), k = a.shape, len(known)
-        self.b, self.width, self.steps = Deflated(a, known.vh.T, known.u), width, 0
+        (m, n), k, width = b.a.shape, b.v.shape[1], start.shape[1]
+        self.b, self.width, self.steps = b, width, 0
         # A block must fit beside what is there.
         self.max_steps = max(1, min(max_steps, (n - k) // width))
         # V, then Q: what new columns must be orthogonal to.
-        like: dict[str, Any] = {"dtype": a.dtype, "device": a.device}
-        self._span = torch.empty(n, k + self.max_steps * width, **like)
-        self._span[:, :k] = self.b.v
-        self._images = torch.empty(m, self.max_steps * width, **like)
-        self._gram = torch.zeros(self.max_steps * width, self.max_steps * width, **like)
-        self._num_known = k
-        self._largest = float(known.s.max()) if k else 0.0
-        generator = torch.Generator().manual_seed(seed)
-        # Drawn on the CPU whatever the device, so that all start from the same columns.
-        start = torch.randn(n, width, generator=generator).to(**like)
+        self._span = start.new_empty(n, k + self.max_steps * width)
+        self._span[:, :k] = b.v
+        self._images = start.new_empty(m, self.max_steps * width)
+        self._gram = start.new_zeros(self.max_steps * width, self.max_steps * width)
+        self._num_known, self._largest = k, largest
         self._next, self._coupling = torch.linalg.qr(start)
 
     def basis(self) -> Float[Tensor, "n b"]:
@@ -141,4 +153,7 @@ class _Krylov:
         ratio = residual / allowed.clamp(min=least)
         converged = int((ratio <= 1.0).long().cumprod(dim=0).sum())
         reached = int((sigma >= REACH[sigma.dtype] * scale).sum())
-        return _Ritz(vectors=vectors, converged=min(converged, reached), worst=float(ratio.max()))
+        return _Ritz(
+            vectors=vectors, reached=reached, converged=min(converged, reached),
+            worst=float(ratio.max()),
+        )  # fmt: skip

@@ -4,8 +4,9 @@ from svdmerge.core.block_shape import BASIS_SHARE, block_width, max_steps, steps
 from svdmerge.core.params import Parameter
 from svdmerge.storage.checkpoint import TILE
 
-# Bytes an entry of a tile takes: both tensors as read and decoded, in float64, their difference.
-TILE_BYTES = 48
+# Bytes an entry of a tile takes: both tensors as read and decoded, in float64, their difference,
+# and what a worker keeps of them.
+TILE_BYTES = 64
 
 
 def iteration_bytes(parameter: Parameter, *, depth: int) -> int:
