@@ -49,7 +49,7 @@ def next_block(
         return exact_block(delta, stored=stored)
     found = lanczos_block(
         partial(Dense, delta), shape=tuple(delta.shape), stored=lambda: stored, fro=fro,
-        parameter=parameter, steps=lambda _: max_steps(n), patient=False,
+        parameter=parameter, steps=lambda _: max_steps(n),
     )  # fmt: skip
     return found or exact_block(delta, stored=stored)
 
@@ -70,7 +70,7 @@ def first_blocks(
             for delta, fro, parameter in zip(deltas, fros, parameters, strict=True)
         ]
     attempts = lanczos_attempts(
-        Dense(deltas, torch.float32), nothing, fros=fros, steps=max_steps(n), patient=False,
+        Dense(deltas, torch.float32), nothing, fros=fros, steps=max_steps(n),
         seeds=[svd.seed_of(p, m=m, n=n, block=0) for p in parameters],
     )  # fmt: skip
     return [
@@ -84,22 +84,22 @@ def first_blocks(
 def lanczos_block(
     products: Callable[[torch.dtype], Products], *, shape: tuple[int, ...],
     stored: Callable[[], RankOneComponents], fro: float, parameter: str,
-    steps: Callable[[torch.dtype], int], patient: bool = True,
+    steps: Callable[[torch.dtype], int], restarts: int = 0,
 ) -> Block | None:  # fmt: skip
     """The block after those stored, of a matrix known by its products; None where Lanczos reaches
     nothing. The stored components are read when needed, for they can outweigh all else; `steps` are
-    those at most of Lanczos in a dtype. For `patient` see `leading`.
+    those at most of Lanczos in a dtype. Without `restarts` (see `leading`) an exact solver follows.
     """
     (m, n), known = shape, stored()
     if fro == 0.0 or len(known) >= min(m, n):
         return Block(components=none(m, n).to(torch.float64), bound=0.0, solver="none")
     attempt = partial(
-        lanczos_attempts, fros=[fro], patient=patient,
+        lanczos_attempts, fros=[fro], restarts=restarts,
         seeds=[svd.seed_of(parameter, m=m, n=n, block=len(known))],
     )  # fmt: skip
     a = products(torch.float32)
     (found,) = attempt(a, known, steps=steps(a.dtype))
-    if not found.block.reaches() and (patient or found.is_hidden):
+    if not found.block.reaches() and (restarts or found.is_hidden):
         del known
         # In float64 without what the rounding of stored vectors leaves of them in the difference.
         a = products(torch.float64)

@@ -45,13 +45,14 @@ class Attempt:
 
 def lanczos_attempts(
     a: Products, known: RankOneComponents, *, fros: Sequence[float], seeds: Sequence[int],
-    steps: int, patient: bool,
+    steps: int, restarts: int = 0,
 ) -> list[Attempt]:  # fmt: skip
-    """The block after those known of each matrix of A; maybe empty. See `leading` for `patient`."""
+    """The block after those known of each matrix of A; maybe empty. For `restarts`
+    see `leading`."""
     rank = min(a.shape[-2:])
     ritz = leading(
         a, known=known, width=min(block_width(rank), rank - len(known)), max_steps=steps,
-        seeds=seeds, patient=patient,
+        seeds=seeds, restarts=restarts,
     )  # fmt: skip
     if not any(ritz.converged) and not any(ritz.hidden):
         # Another solver's turn: a certificate would be for nothing.

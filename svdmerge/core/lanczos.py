@@ -7,7 +7,6 @@ Each matrix of a stack stops when it would by itself.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -59,24 +58,45 @@ class Leading:
 
 def leading(
     a: Products, *, known: RankOneComponents, width: int, max_steps: int, seeds: Sequence[int],
-    patient: bool,
+    restarts: int,
 ) -> Leading:  # fmt: skip
     """`width` right vectors of the largest components of B = (I - U U^T) A (I - V V^T), U and V
     those of `known`, of each matrix of A.
 
     Stops when all within reach have converged, when only rounding is left, or after `max_steps`
-    blocks; unless `patient` also when that is where they would not have converged.
-    A wide A takes no more passes than a tall one, only longer vectors.
+    blocks. Where none have by then, as where values hardly fall, starts again from the best so far.
+    Without `restarts` an exact solver can take over: then it also stops once it sees that they
+    will not have. A wide A takes no more passes than a tall one, only longer vectors.
 
     Reference: block Lanczos on A^T A, Golub, Underwood 1977; convergence without a gap, Musco,
     Musco, arXiv 1504.05477, algorithm 2.
     """
-    krylov = _Krylov(a, known=known, width=width, max_steps=max_steps, seeds=seeds)
+    b = Deflated(a, known.vh.T, known.u)
+    *batch, _, n = a.shape
+    largest, patient = float(known.s.max()) if len(known) else 0.0, restarts > 0
+    # Drawn on the CPU whatever the device, so that all start from the same columns.
+    starts = [torch.randn(n, width, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    start = torch.stack(starts).reshape(*batch, n, width).to(b.v)
+    while True:
+        krylov = _Krylov(b, start=start, largest=largest, max_steps=max_steps)
+        found = _iterate(krylov, num_matrices=len(seeds), patient=patient)
+        right = torch.stack([vectors for vectors, _ in found]).reshape(start.shape)
+        converged = [ritz.converged for _, ritz in found]
+        hidden = [ritz.reached == 0 for _, ritz in found]
+        if restarts == 0 or any(converged) or all(hidden) or all(krylov.spent()):
+            return Leading(right=right, converged=converged, hidden=hidden)
+        start, restarts = right, restarts - 1
+
+
+def _iterate(
+    krylov: "_Krylov", *, num_matrices: int, patient: bool
+) -> list[tuple[Float[Tensor, "n w"], "_Ritz"]]:
+    """Of each matrix the leading approximations, once enough have converged, or no more can."""
     found, looked = dict[int, tuple[Tensor, _Ritz]](), dict[int, _Ritz]()
-    due = dict.fromkeys(range(len(seeds)), FLAT_STEPS)
+    due = dict.fromkeys(range(num_matrices), FLAT_STEPS)
     while due:
         krylov.extend()
-        last = krylov.spent() if krylov.steps < krylov.max_steps else [True] * len(seeds)
+        last = krylov.spent() if krylov.steps < krylov.max_steps else [True] * num_matrices
         now = [i for i, look in due.items() if last[i] or look <= krylov.steps]
         for i, ritz in zip(now, krylov.look(now), strict=True):
             more = 0 if last[i] else ritz.steps_to_go(looked.get(i))
@@ -86,13 +106,7 @@ def leading(
                 del due[i]
             else:
                 due[i], looked[i] = krylov.steps + more, ritz
-    return Leading(
-        right=torch.stack([found[i][0] for i in range(len(seeds))]).reshape(
-            *a.shape[:-2], a.shape[-1], width
-        ),
-        converged=[found[i][1].converged for i in range(len(seeds))],
-        hidden=[found[i][1].reached == 0 for i in range(len(seeds))],
-    )
+    return [found[i] for i in range(num_matrices)]
 
 
 def rayleigh_ritz(
@@ -144,29 +158,22 @@ class _Krylov:
     """An orthonormal basis Q of the Krylov space of B^T B, and the Gram matrix of B Q."""
 
     def __init__(
-        self, a: Products, *, known: RankOneComponents, width: int, max_steps: int,
-        seeds: Sequence[int],
-    ) -> None:  # fmt: skip
-        *batch, m, n = a.shape
-        k = len(known)
-        self.b, self.width, self.steps = Deflated(a, known.vh.T, known.u), width, 0
+        self, b: Deflated, *, start: Float[Tensor, "*b n w"], largest: float, max_steps: int
+    ) -> None:
+        *batch, m, n = b.a.shape
+        k, width = b.v.shape[-1], start.shape[-1]
+        self.b, self.width, self.steps = b, width, 0
         # A block must fit beside what is there.
         self.max_steps = max(1, min(max_steps, (n - k) // width))
         size = self.max_steps * width
-        like: dict[str, Any] = {"dtype": a.dtype, "device": a.device}
         # V, then Q: what new columns must be orthogonal to.
-        self._span = torch.empty(*batch, n, k + size, **like)
-        self._span[..., :k] = self.b.v
-        self._images = torch.empty(*batch, m, size, **like)
-        self._gram = torch.zeros(*batch, size, size, **like)
-        self._num_known = k
-        self._largest = float(known.s.max()) if k else 0.0
-        # Drawn on the CPU whatever the device, so that all start from the same columns.
-        starts = [
-            torch.randn(n, width, generator=torch.Generator().manual_seed(s)) for s in seeds
-        ]  # fmt: skip
-        start = orthonormal(torch.stack(starts).reshape(*batch, n, width).to(**like))
-        self._next, self._coupling = start.q, start.r
+        self._span = start.new_empty(*batch, n, k + size)
+        self._span[..., :k] = b.v
+        self._images = start.new_empty(*batch, m, size)
+        self._gram = start.new_zeros(*batch, size, size)
+        self._num_known, self._largest = k, largest
+        first = orthonormal(start)
+        self._next, self._coupling = first.q, first.r
 
     def basis(self, i: int) -> Float[Tensor, "n b"]:
         """Q so far, of matrix `i`."""

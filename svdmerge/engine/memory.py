@@ -2,12 +2,11 @@
 
 from svdmerge.core.block_shape import BASIS_SHARE, block_width, max_steps, steps_within
 from svdmerge.core.params import Parameter
+from svdmerge.storage.checkpoint import TILE
 
-# Entries of a tile: rows that are read, decoded and used at once. 8 MiB of bfloat16 are what a
-# range read of an object store is fast with, and a product of so many rows as fast as of more.
-TILE = 1 << 22
-# Bytes an entry of a tile takes: both tensors as read and decoded, in float64, their difference.
-TILE_BYTES = 48
+# Bytes an entry of a tile takes: both tensors as read and decoded, in float64, their difference,
+# and what a worker keeps of them.
+TILE_BYTES = 64
 
 
 def iteration_bytes(parameter: Parameter, *, depth: int) -> int:

@@ -16,6 +16,8 @@ from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import (
     FLOATING,
+    ITEM_BYTES,
+    TILE,
     TORCH_NAMES,
     Checkpoint,
     TensorRef,
@@ -196,9 +198,11 @@ def stored_bytes(parameter: Parameter, *, depth: int) -> int:
 
 
 def merge_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
-    """Peak memory of merging matrices in one unit, and twice what it stores (once encoded)."""
-    stored = sum(8 * plan.merged_depth(p) * (p.m + p.n) for p in parameters)
-    return stored + max(_merge_bytes(plan, p) for p in parameters)
+    """Peak memory of merging matrices in one unit: one beside what the others have become, then all
+    of them and what is stored, encoded twice on its way."""
+    merged = {p.id: 8 * plan.merged_depth(p) * (p.m + p.n) for p in parameters}
+    total = sum(merged.values())
+    return max(2 * total, *(_merge_bytes(plan, p) + total - merged[p.id] for p in parameters))
 
 
 def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
@@ -229,17 +233,20 @@ def peak_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
 def write_bytes(plan: Plan) -> dict[str, int]:
     """Peak memory of writing each tensor of the output, by name.
 
-    What is copied is only read. Else an entry is held as read, decoded and in float64, then cast
-    (24 bytes at most), and the difference of one matrix at a time lies beside it in float64.
+    What is copied is only read. Else a tile's entries are held as read, decoded and in float64,
+    then cast (24 bytes at most), with their part of the difference in float64, and one matrix's
+    factors as stored, put together and in float64.
     """
-    largest: dict[str, int] = {}
+    factors: dict[str, int] = {}
     for p in plan.parameters:
         if p.action is not Action.EQUAL:
-            largest[p.tensor] = max(p.numel, largest.get(p.tensor, 0))
+            need = 16 * plan.merged_depth(p) * (p.m + p.n)
+            factors[p.tensor] = max(need, factors.get(p.tensor, 0))
     return {
-        name: 24 * ref.numel + 8 * largest.get(name, 0)
-        if name in largest or _is_cast(ref, plan.recipe.out_dtype)
-        else ref.nbytes
+        name: 32 * min(ref.numel, TILE) + factors[name]
+        if name in factors
+        else (24 if _is_cast(ref, plan.recipe.out_dtype) else ITEM_BYTES[ref.dtype])
+        * min(ref.numel, TILE)
         for name, ref in plan.base.tensors.items()
     }
 

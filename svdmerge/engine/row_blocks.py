@@ -30,6 +30,10 @@ from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.manifest import Covered
 
+# Times that Lanczos starts again where no solver can take over: the leading values of noise, a
+# thousandth of themselves apart, converge after one or two.
+RESTARTS = 8
+
 
 class Rows:
     """Products of a source's difference, each made in one pass of tasks over its blocks of rows."""
@@ -190,6 +194,7 @@ def _next(
         partial(Rows, unit, runtime=runtime, scratch=scratch, done=done),
         shape=(p.m, p.n), stored=lambda: stored_of(committed, p).blocks, fro=survey.fro,
         parameter=p.id, steps=lambda dtype: steps_within(p.rank, itemsize=dtype.itemsize),
+        restarts=RESTARTS,
     )  # fmt: skip
     if found is None:
         raise _too_flat(unit, depth=first)

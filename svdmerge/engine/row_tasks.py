@@ -14,9 +14,8 @@ from svdmerge.core.delta import delta
 from svdmerge.core.noise import SquaredNorms, squared_norms
 from svdmerge.core.params import Parameter
 from svdmerge.core.products import DOUBLED, image, step
-from svdmerge.engine.memory import TILE
 from svdmerge.engine.tasks import check_finite, peak_rss_bytes
-from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
+from svdmerge.storage.checkpoint import ITEM_BYTES, TILE, TensorRef
 from svdmerge.storage.filesystem import Folder
 
 
@@ -44,10 +43,14 @@ class RowBlock:
         items = ITEM_BYTES[self.source.dtype] + ITEM_BYTES[self.base.dtype]
         return (self.stop - self.first) * self.parameter.n * items
 
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile at most."""
+        return min(max(1, TILE // self.parameter.n), self.stop - self.first)
+
     def read(self) -> Iterator[tuple[bytes, bytes]]:
         """The source's and the base's bytes, a tile of rows at a time."""
-        p = self.parameter
-        height = max(1, TILE // p.n)
+        p, height = self.parameter, self.tile_rows
         for first in range(self.first, self.stop, height):
             start, count = p.start + first * p.n, (min(first + height, self.stop) - first) * p.n
             yield (
@@ -61,10 +64,11 @@ class RowBlock:
         return self.source.decode(source).reshape(-1, n), self.base.decode(base).reshape(-1, n)
 
     def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Their difference, a tile of rows at a time."""
+        """Their difference, a tile of rows at a time, each in the place of the one before."""
+        buffers = torch.empty(2, self.tile_rows, self.parameter.n, dtype=dtype)
         for raw in self.read():
             source, base = self.decoded(*raw)
-            yield delta(source, base=base, dtype=dtype)
+            yield delta(source, base=base, dtype=dtype, buffers=buffers[:, : len(source)])
 
 
 def put_tensors(folder: Folder, name: str, **tensors: Tensor) -> None:
