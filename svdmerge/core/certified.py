@@ -49,14 +49,14 @@ def lanczos_attempts(
 ) -> list[Attempt]:  # fmt: skip
     """The block after those known of each matrix of A; maybe empty. For `restarts`
     see `leading`."""
-    rank = min(a.shape[-2:])
+    rank, known = min(a.shape[-2:]), known.on(a.device)
     ritz = leading(
         a, known=known, width=min(block_width(rank), rank - len(known)), max_steps=steps,
         seeds=seeds, restarts=restarts,
     )  # fmt: skip
     if not any(ritz.converged) and not any(ritz.hidden):
         # Another solver's turn: a certificate would be for nothing.
-        found = [none(*a.shape[-2:]).to(torch.float64)] * len(seeds)
+        found = [none(*a.shape[-2:]).to(torch.float64).on(a.device)] * len(seeds)
         bounds = [*fros]
     else:
         found = _found(a, ritz.right, known, converged=ritz.converged)

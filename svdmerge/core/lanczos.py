@@ -118,8 +118,9 @@ def rayleigh_ritz(
     """
     exact = known.to(torch.float64)
     v = orthonormal(without(right.double(), exact.vh.mT)).q
-    u, s, vh = torch.linalg.svd(without(a.image(v), exact.u), full_matrices=False)
-    return u, s, vh @ v.mT
+    images = orthonormal(without(a.image(v), exact.u))
+    u, s, vh = torch.linalg.svd(images.r)
+    return images.q @ u, s, vh @ v.mT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

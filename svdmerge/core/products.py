@@ -12,6 +12,8 @@ from torch import Tensor
 TILE = 1 << 20
 # Rows that are turned to float64 at once: the copy stays in the nearest cache.
 DOUBLED = 128
+# Elements that are on a GPU, where few large products are best: a gibibyte.
+DOUBLED_ON_GPU = 1 << 27
 
 
 @runtime_checkable
@@ -65,11 +67,18 @@ class Dense:
     def image(self, x: Float[Tensor, "*b n w"]) -> Float[Tensor, "*b m w"]:
         """A x in float64, without a copy of A in it."""
         a = self._original
-        return image([a] if a.dtype == torch.float64 else a.split(DOUBLED, dim=-2), x)
+        return image([a] if a.dtype == torch.float64 else doubled_tiles(a), x)
 
     def pulled(self, u: Float[Tensor, "m w"]) -> Float[Tensor, "n w"]:
         """A^T u."""
         return self._a.mT @ u
+
+
+def doubled_tiles(a: Float[Tensor, "*b m n"]) -> tuple[Tensor, ...]:
+    """Rows of A that are turned to float64 together."""
+    m = a.shape[-2]
+    on_gpu = max(1, DOUBLED_ON_GPU * m // max(1, a.numel()))
+    return a.split(DOUBLED if a.device.type == "cpu" else on_gpu, dim=-2)
 
 
 def step(
