@@ -98,7 +98,7 @@ def _iterate(
         krylov.extend()
         last = krylov.spent() if krylov.steps < krylov.max_steps else [True] * num_matrices
         now = [i for i, look in due.items() if last[i] or look <= krylov.steps]
-        for i, ritz in zip(now, krylov.look(now), strict=True):
+        for i, ritz in zip(now, krylov.look(now) if now else (), strict=True):
             more = 0 if last[i] else ritz.steps_to_go(looked.get(i))
             hopeless = ritz.is_flat() or krylov.steps + more > krylov.max_steps
             if more == 0 or (hopeless and not patient):
@@ -206,8 +206,6 @@ class _Krylov:
 
     def look(self, which: Sequence[int]) -> list[_Ritz]:
         """The leading Ritz vectors of some matrices, and how far they have converged."""
-        if not which:
-            return []
         size, width = self.steps * self.width, self.width
         gram = self._gram[..., :size, :size].reshape(-1, size, size)[list(which)]
         coupling = self._coupling.reshape(-1, width, width)[list(which)]
@@ -222,13 +220,16 @@ class _Krylov:
         finfo = torch.finfo(sigma.dtype)
         ratio = residual / torch.maximum(allowed, finfo.eps * scale**2).clamp(min=finfo.tiny)
         within = sigma >= REACH[sigma.dtype] * scale
-        good = ((ratio <= 1.0) & within).long().cumprod(dim=1).sum(dim=1)
-        counts = zip(
-            good.tolist(), within.sum(dim=1).tolist(),
-            torch.where(within, ratio, 0.0).amax(dim=1).tolist(),
-            (sigma[:, -1:] / scale.clamp(min=finfo.tiny))[:, 0].tolist(), strict=True,
-        )  # fmt: skip
+        counts = torch.stack(
+            [
+                ((ratio <= 1.0) & within).cumprod(dim=1).sum(dim=1),
+                within.sum(dim=1),
+                torch.where(within, ratio, 0.0).amax(dim=1),
+                sigma[:, -1] / scale[:, 0].clamp(min=finfo.tiny),
+            ],
+            dim=1,
+        ).tolist()
         return [
-            _Ritz(steps=self.steps, vectors=v, converged=c, reached=r, worst=w, ratio=q)
+            _Ritz(steps=self.steps, vectors=v, converged=int(c), reached=int(r), worst=w, ratio=q)
             for v, (c, r, w, q) in zip(vectors, counts, strict=True)
         ]
