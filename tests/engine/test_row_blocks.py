@@ -13,6 +13,7 @@ from tiny import write_model
 from torch import Tensor
 
 from svdmerge.core.params import Action, matrices
+from svdmerge.engine import row_blocks
 from svdmerge.engine.decompose import decompose, load_source
 from svdmerge.engine.memory import iteration_bytes, pass_bytes, survey_bytes
 from svdmerge.engine.plan import Plan
@@ -64,10 +65,7 @@ def falling(root: Path, *, shape: tuple[int, int] = (200, 340), num_sources: int
     m, n = shape
     return models(
         root,
-        [
-            (1 + i / 4) * matrix(power(min(shape)), m=m, n=n, seed=i)
-            for i in range(num_sources)
-        ],
+        [(1 + i / 4) * matrix(power(min(shape)), m=m, n=n, seed=i) for i in range(num_sources)],
     )
 
 
@@ -195,9 +193,7 @@ def test_a_matrix_of_zeros_and_one_of_low_rank_end(tmp_path: Path) -> None:
     bench.run(**RESOURCES, **K)
     zero, low_rank = committed(bench.plan(**RESOURCES, **K))
     assert (zero.held(NAME), zero.spectra()[NAME][-1].bound) == (0, 0.0)
-    assert torch.allclose(
-        low_rank.read(NAME, range(3)).s, torch.tensor([3.0, 2.0, 1.0]), rtol=1e-3
-    )
+    assert torch.allclose(low_rank.read(NAME, range(3)).s, torch.tensor([3.0, 2.0, 1.0]), rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["noise", "flat"])
@@ -233,6 +229,25 @@ def test_what_is_not_finite_is_told_and_no_scratch_stays(tmp_path: Path) -> None
     bench = models(tmp_path, [bad])
     with pytest.raises(ContentError, match=r"a\.weight holds NaN or Inf"):
         bench.run(**RESOURCES, **K)
+    assert not tree(bench.store, below="scratch")
+
+
+def test_of_several_at_once_the_one_that_failed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
+    bench, honest = falling(tmp_path, num_sources=3), row_blocks.lanczos_block
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if options["fro"] > 1.4 * norms[0]:
+            raise SolverError("the third one")
+        return honest(*args, **options)
+
+    norms = [float(torch.linalg.vector_norm(d)) for d in differences(bench)]
+    monkeypatch.setattr("svdmerge.engine.row_blocks.lanczos_block", failing)
+    with pytest.raises(SolverError, match="the third one"):
+        run(bench.recipe(**RESOURCES, **K), address="local")
+    monkeypatch.undo()
+    assert run(bench.recipe(**RESOURCES, **K), address="local").status == "done"
     assert not tree(bench.store, below="scratch")
 
 
