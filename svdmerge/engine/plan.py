@@ -113,7 +113,8 @@ class Plan:
         held = parameter.action is not Action.DECOMPOSE or parameter.numel <= entries
         if held or self.recipe.parameters.svd == "exact":
             return None
-        return max(1, entries // parameter.n)
+        num_blocks = -(-parameter.m // max(1, entries // parameter.n))
+        return -(-parameter.m // num_blocks)  # all about as high, for the last one is waited for
 
     @property
     def is_shared(self) -> bool:
