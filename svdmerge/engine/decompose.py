@@ -99,7 +99,7 @@ def decompose(
     """
     units, receipts = list(pending(plan, whole=whole)), list[tasks.Receipt]()
     for number in itertools.count():
-        receipts += _run(units, attempt=attempt, runtime=runtime, progress=progress)
+        receipts += _run(plan, units, attempt=attempt, runtime=runtime, progress=progress)
         if whole or not plan.is_shared:
             break
         short = shortfalls(plan, attempt=f"{attempt}-{number}", runtime=runtime, progress=progress)
@@ -110,14 +110,18 @@ def decompose(
 
 
 def _run(
-    units: Sequence[tasks.DecomposeUnit], *, attempt: str, runtime: Runtime, progress: Progress
-) -> list[tasks.Receipt]:
+    plan: Plan, units: Sequence[tasks.DecomposeUnit], *, attempt: str, runtime: Runtime,
+    progress: Progress,
+) -> list[tasks.Receipt]:  # fmt: skip
     """Receipts of units: those a task may hold first, then the others, block of rows by block."""
     whole = [unit for unit in units if unit.block_rows is None]
     by_rows = [unit for unit in units if unit.block_rows is not None]
     receipts = runtime.map(tasks.decompose, whole, stage="decompose", progress=progress)
     if by_rows:
-        receipts += decompose_by_rows(by_rows, attempt=attempt, runtime=runtime, progress=progress)
+        receipts += decompose_by_rows(
+            by_rows, attempt=attempt, memory_bytes=plan.recipe.resources.memory, runtime=runtime,
+            progress=progress,
+        )  # fmt: skip
     return receipts
 
 

@@ -9,6 +9,12 @@ from svdmerge.storage.checkpoint import TILE
 TILE_BYTES = 64
 
 
+def by_rows_bytes(parameter: Parameter, *, depth: int, block_rows: int) -> int:
+    """Peak memory of a matrix in blocks of rows: of Lanczos, or of a task with most columns."""
+    part = pass_bytes(m=block_rows, n=parameter.n, columns=depth, itemsize=8)
+    return max(iteration_bytes(parameter, depth=depth), part, survey_bytes(parameter.n))
+
+
 def iteration_bytes(parameter: Parameter, *, depth: int) -> int:
     """Peak memory of Lanczos itself, where products are made elsewhere.
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from svdmerge.core.methods.registry import METHODS, Method, Takes
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
-from svdmerge.engine.memory import iteration_bytes
+from svdmerge.engine.memory import by_rows_bytes
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.storage import layout
@@ -113,7 +113,8 @@ class Plan:
         held = parameter.action is not Action.DECOMPOSE or parameter.numel <= entries
         if held or self.recipe.parameters.svd == "exact":
             return None
-        return max(1, entries // parameter.n)
+        num_blocks = -(-parameter.m // max(1, entries // parameter.n))
+        return -(-parameter.m // num_blocks)  # all about as high, for the last one is waited for
 
     @property
     def is_shared(self) -> bool:
@@ -218,8 +219,8 @@ def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
 
 def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
     """Peak memory of a unit: its largest matrix, and twice what it stores (once encoded)."""
-    if plan.block_rows(parameters[0]) is not None:
-        return iteration_bytes(parameters[0], depth=plan.depth(parameters[0]))
+    if (rows := plan.block_rows(parameters[0])) is not None:
+        return by_rows_bytes(parameters[0], depth=plan.depth(parameters[0]), block_rows=rows)
     stored = sum(stored_bytes(p, depth=plan.depth(p)) for p in parameters)
     peak = max(decompose_bytes(p, depth=plan.depth(p)) for p in parameters)
     return peak + 2 * stored

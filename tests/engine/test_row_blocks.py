@@ -13,6 +13,7 @@ from tiny import write_model
 from torch import Tensor
 
 from svdmerge.core.params import Action, matrices
+from svdmerge.engine import row_blocks
 from svdmerge.engine.decompose import decompose, load_source
 from svdmerge.engine.memory import iteration_bytes, pass_bytes, survey_bytes
 from svdmerge.engine.plan import Plan
@@ -24,7 +25,7 @@ from svdmerge.storage.manifest import Committed
 from svdmerge.workflow import run
 
 NAME = "a.weight"
-# 64 Ki entries and more in four or five blocks of rows.
+# 68,000 entries in five blocks of rows.
 RESOURCES = {"resources": {"max_matrix": "128KiB"}}
 K = {"parameters": {"k": 24}}
 
@@ -231,6 +232,25 @@ def test_what_is_not_finite_is_told_and_no_scratch_stays(tmp_path: Path) -> None
     assert not tree(bench.store, below="scratch")
 
 
+def test_of_several_at_once_the_one_that_failed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
+    bench, honest = falling(tmp_path, num_sources=3), row_blocks.lanczos_block
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if options["fro"] > 1.4 * norms[0]:
+            raise SolverError("the third one")
+        return honest(*args, **options)
+
+    norms = [float(torch.linalg.vector_norm(d)) for d in differences(bench)]
+    monkeypatch.setattr("svdmerge.engine.row_blocks.lanczos_block", failing)
+    with pytest.raises(SolverError, match="the third one"):
+        run(bench.recipe(**RESOURCES, **K), address="local")
+    monkeypatch.undo()
+    assert run(bench.recipe(**RESOURCES, **K), address="local").status == "done"
+    assert not tree(bench.store, below="scratch")
+
+
 # --- the plan ---
 
 
@@ -260,7 +280,7 @@ def test_the_largest_matrices_of_today_fit_tasks_of_a_gibibyte(
     )
     plan = bench.plan(parameters={"k": "10%"}, resources={"memory": "1GiB"})
     (parameter,) = plan.parameters
-    assert plan.block_rows(parameter) == (1 << 24) // n
+    assert plan.block_rows(parameter) == {8192: 547, 28672: 2048}[m]
     with pytest.raises(ResourceError, match="decomposing it needs"):
         bench.plan(parameters={"k": "10%", "svd": "exact"}, resources={"memory": "1GiB"})
 
