@@ -16,18 +16,13 @@ def main() -> None:
     parser.add_argument("--scale", choices=["7b", "small"], default="7b")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    import torch
+    from svdmerge.comparison.on_device import measure_scale
 
-    from svdmerge.comparison.on_device import measure_device, synthetic_source
-    from svdmerge.engine.device import device_class
-
-    device = torch.device(args.device)
-    pairs = synthetic_source(args.scale, device=device)
-    cost = measure_device(pairs, device=device, repeats=args.repeats)
+    cost = measure_scale(args.scale, device=args.device, repeats=args.repeats)
     print("| device | matrices | GiB | copying, s | ours, s | ours / copying | found whole |")
     print("|---|---|---|---|---|---|---|")
     print(
-        f"| {device_class(device)} | {cost.num_matrices} | {cost.num_bytes / 2**30:.2f} "
+        f"| {cost.device} | {cost.num_matrices} | {cost.num_bytes / 2**30:.2f} "
         f"| {cost.copying:.3f} | {cost.ours:.3f} | {cost.ours / cost.copying:.1f} "
         f"| {cost.complete} |"
     )

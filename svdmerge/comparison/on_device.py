@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdmerge.engine.device import Pair, deltas_on, stacks
+from svdmerge.engine.device import Pair, deltas_on, device_class, stacks
 from svdmerge.engine.stacked import first_blocks_on
 
 # (m, n) and how many of them: attention and feed-forward matrices of 32 layers of a 7B model.
@@ -26,6 +26,7 @@ WEIGHTS, ABOVE = 0.02, (10.0, 3.0)
 class DeviceCost:
     """Seconds, medians over interleaved repeats, and what was found."""
 
+    device: str
     num_matrices: int
     num_bytes: int
     """Of source and base, which are both copied."""
@@ -63,6 +64,12 @@ def _in_host(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type == "cpu" else tensor.cpu().pin_memory()
 
 
+def measure_scale(scale: str, *, device: str, repeats: int) -> DeviceCost:
+    """The costs of a synthetic source."""
+    place = torch.device(device)
+    return measure_device(synthetic_source(scale, device=place), device=place, repeats=repeats)
+
+
 def measure_device(pairs: Sequence[Pair], *, device: torch.device, repeats: int) -> DeviceCost:
     """The costs, once everything has run once."""
     stacked = list(stacks(pairs))
@@ -82,6 +89,7 @@ def measure_device(pairs: Sequence[Pair], *, device: torch.device, repeats: int)
             times["copying"].append(copied - start)
             times["ours"].append(_now(device) - copied)
     return DeviceCost(
+        device=device_class(device),
         num_matrices=len(pairs),
         num_bytes=sum(2 * p.source.numel() * p.source.itemsize for p in pairs),
         copying=sorted(times["copying"])[repeats // 2],
