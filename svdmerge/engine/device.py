@@ -1,6 +1,6 @@
 """Differences on the device that decomposes them: copied while the ones before are computed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,7 +79,7 @@ def _copied(
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
+def full_float32() -> Generator[None]:
     """Products in float32 proper: TF32's ten bits would be above every residual promised."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
