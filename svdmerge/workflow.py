@@ -91,6 +91,7 @@ class Run:
             "decompose",
             lambda: decompose(
                 self.plan,
+                attempt=self._attempt,
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,

@@ -1,13 +1,14 @@
 """Decompose: every source's differences into stored components, less what is stored already."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from svdmerge.core.params import Parameter
 from svdmerge.engine import select_tasks, tasks
 from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan, Source, unit_bytes
+from svdmerge.engine.row_blocks import decompose_by_rows
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import find_cut, select_units
 from svdmerge.engine.tasks import Receipt
@@ -78,6 +79,7 @@ def _unit(
             for p, depth in wanted
         ),
         solver=plan.recipe.parameters.svd,
+        block_rows=plan.block_rows(wanted[0][0]),
     )
 
 
@@ -94,7 +96,7 @@ def shortfalls(
 
 
 def decompose(
-    plan: Plan, *, runtime: Runtime, progress: Progress, whole: bool = False
+    plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress, whole: bool = False
 ) -> list[Receipt]:
     """Receipts of the units that were decomposed now; those committed before are not among them.
 
@@ -104,7 +106,7 @@ def decompose(
     inventory, receipts = take_inventory(plan, runtime=runtime, progress=progress), list[Receipt]()
     units = list(pending(plan, inventory, whole=whole))
     while True:
-        receipts += runtime.map(tasks.decompose, units, stage="decompose", progress=progress)
+        receipts += _run(plan, units, attempt=attempt, runtime=runtime, progress=progress)
         if whole or not plan.is_shared:
             return receipts
         if units:
@@ -113,6 +115,22 @@ def decompose(
         units = list(_units(plan, inventory, partial(_depth, short)))
         if not units:
             return receipts
+
+
+def _run(
+    plan: Plan, units: Sequence[tasks.DecomposeUnit], *, attempt: str, runtime: Runtime,
+    progress: Progress,
+) -> list[Receipt]:  # fmt: skip
+    """Receipts of units: those a task may hold first, then the others, block of rows by block."""
+    whole = [unit for unit in units if unit.block_rows is None]
+    by_rows = [unit for unit in units if unit.block_rows is not None]
+    receipts = runtime.map(tasks.decompose, whole, stage="decompose", progress=progress)
+    if by_rows:
+        receipts += decompose_by_rows(
+            by_rows, attempt=attempt, memory_bytes=plan.recipe.resources.memory, runtime=runtime,
+            progress=progress,
+        )  # fmt: skip
+    return receipts
 
 
 def _depth(depths: Mapping[tuple[str, str], int], source: Source, parameter: Parameter) -> int:
