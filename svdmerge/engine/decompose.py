@@ -106,7 +106,7 @@ def decompose(
     inventory, receipts = take_inventory(plan, runtime=runtime, progress=progress), list[Receipt]()
     units = list(pending(plan, inventory, whole=whole))
     while True:
-        receipts += _run(plan, units, attempt=attempt, runtime=runtime, progress=progress)
+        receipts += _run(plan, units, runtime=runtime, progress=progress)
         if whole or not plan.is_shared:
             return receipts
         if units:
@@ -118,18 +118,16 @@ def decompose(
 
 
 def _run(
-    plan: Plan, units: Sequence[tasks.DecomposeUnit], *, attempt: str, runtime: Runtime,
-    progress: Progress,
-) -> list[Receipt]:  # fmt: skip
+    plan: Plan, units: Sequence[tasks.DecomposeUnit], *, runtime: Runtime, progress: Progress
+) -> list[Receipt]:
     """Receipts of units: those a task may hold first, then the others, block of rows by block."""
     whole = [unit for unit in units if unit.block_rows is None]
     by_rows = [unit for unit in units if unit.block_rows is not None]
     receipts = runtime.map(tasks.decompose, whole, stage="decompose", progress=progress)
     if by_rows:
         receipts += decompose_by_rows(
-            by_rows, attempt=attempt, memory_bytes=plan.recipe.resources.memory, runtime=runtime,
-            progress=progress,
-        )  # fmt: skip
+            by_rows, memory_bytes=plan.recipe.resources.memory, runtime=runtime, progress=progress
+        )
     return receipts
 
 

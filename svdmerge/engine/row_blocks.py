@@ -7,6 +7,7 @@ the same bits for any number of workers.
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -124,9 +125,8 @@ def _blocks(unit: DecomposeUnit) -> list[RowBlock]:
 
 
 def decompose_by_rows(
-    units: Sequence[DecomposeUnit], *, attempt: str, memory_bytes: int, runtime: Runtime,
-    progress: Progress,
-) -> list[Receipt]:  # fmt: skip
+    units: Sequence[DecomposeUnit], *, memory_bytes: int, runtime: Runtime, progress: Progress
+) -> list[Receipt]:
     """Receipts of units of one matrix each, whose components are stored and committed by blocks.
     As many at once as fit `memory_bytes`, for the blocks of one may be fewer than the workers.
 
@@ -134,7 +134,8 @@ def decompose_by_rows(
         ContentError: NaN or Inf in a tensor.
         SolverError: the spectrum is too flat for Lanczos.
     """
-    folder = layout.scratch_path(attempt)
+    # Its own: another driver at the same matrices would take its scratch away from this one.
+    folder = layout.scratch_path(uuid.uuid4().hex)
     at_once = max(1, memory_bytes // max(unit.memory_bytes for unit in units))
     try:
         surveys = _surveys(units, folder=folder, runtime=runtime, progress=progress)

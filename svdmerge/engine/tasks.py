@@ -1,6 +1,6 @@
 """What decomposing, merging and writing run on workers: read, compute, write, give a receipt.
 
-That for a matrix that no worker may hold is in `row_tasks`.
+What matrices that no worker may hold take is in `row_tasks`.
 """
 
 import hashlib

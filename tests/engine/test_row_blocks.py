@@ -15,6 +15,7 @@ from torch import Tensor
 from svdmerge.core.params import Action, matrices
 from svdmerge.engine import row_blocks
 from svdmerge.engine.decompose import decompose, load_source
+from svdmerge.engine.estimate import estimate
 from svdmerge.engine.memory import iteration_bytes, pass_bytes, survey_bytes
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import InProcess
@@ -156,7 +157,7 @@ def test_what_was_committed_before_a_driver_was_killed_is_kept(tmp_path: Path) -
     plan = bench.plan(**RESOURCES, **K)
     runtime = Failing(left=25)  # in the second block
     with pytest.raises(KeyboardInterrupt):
-        decompose(plan, attempt="1", runtime=runtime, progress=SILENT)
+        decompose(plan, runtime=runtime, progress=SILENT)
     before = tree(bench.store, below="components")
     assert committed(plan)[0].depth(NAME) == 16
     assert not tree(bench.store, below="scratch")
@@ -179,7 +180,7 @@ def test_a_pass_reads_the_tensors_once(tmp_path: Path, monkeypatch: pytest.Monke
         return data
 
     monkeypatch.setattr(TensorRef, "read_bytes", counted)
-    receipts = decompose(plan, attempt="1", runtime=InProcess(), progress=SILENT)
+    receipts = decompose(plan, runtime=InProcess(), progress=SILENT)
     passes = sum(int(x.solver.split()[-2]) for x in committed(plan)[0].spectra()[NAME])
     surveys = len(committed(plan)[0].spectra()[NAME])
     assert passes > 20
@@ -295,6 +296,16 @@ def test_memory_grows_with_the_depth_and_stays_below_that_of_a_tensor() -> None:
     assert survey_bytes(8192) == survey_bytes(100)
     few, many = (pass_bytes(m=512, n=8192, columns=c, itemsize=4) for c in (16, 512))
     assert few < many
+
+
+def test_the_plan_counts_the_passes_of_a_first_block_about(tmp_path: Path) -> None:
+    bench = falling(tmp_path, num_sources=1)
+    plan = bench.plan(**RESOURCES)
+    decompose(plan, runtime=InProcess(), progress=SILENT)
+    passes = 1 + int(committed(plan)[0].spectra()[NAME][0].solver.split()[-2])
+    of_one = 2 * 2 * 200 * 340
+    planned = (estimate(plan).read_bytes - 2 * 4 * 30) / of_one
+    assert abs(planned - passes) <= 2
 
 
 def test_what_no_task_may_hold_travels_alone_by_its_shape_only(tmp_path: Path) -> None:
