@@ -95,8 +95,10 @@ class _Tuning:
     ) -> None:
         self.config, self.base, self.merged = config, base, merged
         self.folder, self.on_progress = folder, on_progress
-        # A cluster's driver may lack the workers' GPU; features then take its CPU.
-        self.device = own_device(use_gpu=config.use_gpu and torch.cuda.is_available())
+        # A cluster's driver may lack the workers' GPU, or the model not fit on one; features then
+        # take its CPU.
+        on_gpu = config.use_gpu and not config.shard and torch.cuda.is_available()
+        self.device = own_device(use_gpu=on_gpu)
         self.target: Target = load_target(config, base=base)
         self.kept, self.held = hold_out(
             self.target.train.labels.numpy(), share=config.validation_share, seed=config.seed
