@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdmerge.core.evidence import choose
+from svdmerge.core.evidence import choose, standard_error
 from svdmerge.errors import TrainingError
 from svdmerge.recipe import TuneConfig
 from svdmerge.training.checkpointing import Checkpoints, State
@@ -231,10 +231,12 @@ def chosen(state: State) -> State:
     """The state with the values of the best epoch by the held-out losses, if any are held out.
 
     Of ten epochs one is best by luck: where it is not better than none by more than noise
-    (`core.evidence.choose`), nothing is changed.
+    (`core.evidence.choose`), nothing is changed. `gain` and `error` tell by how much it was better.
     """
     if not state["best"]:
         return state
     candidates = [state["start"], state["best"]]
-    best = candidates[choose([candidate["losses"] for candidate in candidates])]
-    return state | {"best": best, **{k: best[k] for k in ("sigma_change", "head")}}
+    start, trained = (candidate["losses"] for candidate in candidates)
+    best = candidates[choose([start, trained])]
+    told = {"gain": float((start - trained).mean()), "error": standard_error(start - trained)}
+    return state | told | {"best": best, **{k: best[k] for k in ("sigma_change", "head")}}

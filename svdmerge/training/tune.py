@@ -164,6 +164,9 @@ class _Tuning:
             "seconds": state["seconds"],
             "best_epoch": state["best"]["epoch"] if state["best"] else None,
             "num_held_out": len(self.held),
+            "held_out_gain": state.get("gain"),
+            # JSON has no infinity.
+            "held_out_error": state.get("error") if len(self.held) > 1 else None,
         }
 
     def _probes(self, models: Sequence[Checkpoint]) -> list[Probe]:
@@ -278,11 +281,14 @@ class _Tuning:
                 f"first {names[0]}"
             )
         if best := state["best"]:
-            told = f"by the loss on {len(self.held)} held-out examples"
-            yield (
-                f"epoch {best['epoch']} of {state['epoch']} is kept, {told}"
+            kept = (
+                f"epoch {best['epoch']} of {state['epoch']} is kept"
                 if best["epoch"]
-                else f"nothing is changed: no epoch was clearly better than none, {told}"
+                else "nothing is changed, for no epoch was clearly better than none"
+            )
+            yield (
+                f"{kept}: by {state['gain']:.4f} nats, standard error {state['error']:.4f}, "
+                f"on {len(self.held)} held-out examples"
             )
 
     def _export(self, result: TuneResult, *, state: State, out: Folder) -> None:
