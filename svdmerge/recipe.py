@@ -199,6 +199,11 @@ class TuneConfig(Section):
     """Of the draw and of the order of examples."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Training processes (gloo on CPU, NCCL where each gets a GPU), or [least, most]: elastic."""
+    shard: bool = False
+    """Share the frozen weights out over the training processes (FSDP), for a base larger than one
+    device; the numbers stay. Costs two gatherings of every block a step, over the network between
+    nodes. Each process still reads the whole model into its own memory once, and the driver
+    measures features on its CPU."""
     use_gpu: bool = False
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints, at least."""
@@ -262,6 +267,9 @@ class TuneConfig(Section):
     def _fits_together(self) -> "TuneConfig":
         if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
             raise ValueError(f"num_workers: got {list(self.num_workers)}; expected [least, most]")
+        most = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+        if self.shard and most < 2:
+            raise ValueError("shard: one process has nobody to share with; raise num_workers")
         if self.loss != "cross_entropy" and self.task == "causal_lm":
             raise ValueError("loss: a language model trains on its next tokens; leave it out")
         return self
