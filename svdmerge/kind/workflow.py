@@ -49,8 +49,7 @@ def recombine(recipe: KindRecipe) -> RecombineResult:
     wanted = recipe.recombine
     if wanted is None:
         raise _lacks("recombine", "classes")
-    out = Folder.at(wanted.out)
-    folder.check_free(out)
+    out = _other(wanted.out, recipe)
     if recipe.library is not None:
         from svdmerge.kind.library import example_inputs, library_parts
 
@@ -93,14 +92,14 @@ def transfer(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -
     """Train the `transfer` section's fresh tailors beside the learngenes of `model`."""
     if recipe.transfer is None:
         raise _lacks("transfer", "base_model, train, test and groups")
-    store = Folder.at(recipe.store)
+    store, out = Folder.at(recipe.store), _other(recipe.transfer.out, recipe)
     model = folder.read(Folder.at(recipe.model))
     splitting.split(store, model)
     learngenes = Learngenes(store=store, place=splitting.place_of(model))
     with _steps(recipe.transfer, progress, "transfer") as on_step, open_runtime(address):
         return training.train(
             recipe.transfer,
-            out=Folder.at(recipe.transfer.out),
+            out=out,
             store=store,
             use_ray=address != "none",
             on_step=on_step,
@@ -120,6 +119,18 @@ def _steps(config: Training, progress: Progress, name: str) -> Generator[Callabl
             done = step
 
         yield on_step
+
+
+def _other(out: str, recipe: KindRecipe) -> Folder:
+    """The folder to write, which is not that of the model it is made of."""
+    found = Folder.at(out)
+    if found == Folder.at(recipe.model):
+        raise RecipeError(
+            f"out: {found.uri} is `model`", "It would be replaced by what is made of it.",
+            "Give another `out`.",
+        )  # fmt: skip
+    folder.check_free(found)
+    return found
 
 
 def _lacks(section: str, keys: str) -> RecipeError:

@@ -142,11 +142,13 @@ def test_what_does_not_fit_is_told_before_training(trained, tmp_path, change, to
         ({"classes": ["7"]}, "'7': unknown to the gate"),
         ({"classes": ["0"], "budget": {"parameters": 2300}}, "learngenes alone"),
         ({"classes": ["0"], "budget": {"parameters": 10}}, "Embeddings, norms, biases"),
+        ({"classes": ["0"], "out": "{model}"}, "is `model`"),
     ],
 )
 def test_a_recombination_that_cannot_be_is_told(trained, tmp_path, wanted, told):
     _, raw, _ = trained
-    bad = raw | {"recombine": wanted | {"out": str(tmp_path / "out")}}
+    out = wanted.get("out", str(tmp_path / "out")).replace("{model}", raw["model"])
+    bad = raw | {"recombine": wanted | {"out": out}}
     with pytest.raises(RecipeError, match=told):
         workflow.recombine(parse_kind_recipe(bad))
 
