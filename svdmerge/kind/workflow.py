@@ -37,7 +37,7 @@ def split(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -> S
         from svdmerge.kind.library import split_library
 
         return split_library(recipe.library, address=address, progress=progress).result
-    return splitting.split(Folder.at(recipe.store), folder.read(Folder.at(recipe.model)))
+    return splitting.split(Folder.at(recipe.store), _model(recipe))
 
 
 def recombine(recipe: KindRecipe) -> RecombineResult:
@@ -56,7 +56,7 @@ def recombine(recipe: KindRecipe) -> RecombineResult:
         parts = library_parts(recipe.library, chosen=wanted.classes, together=wanted.together)
         example = folder.as_example(example_inputs(parts.blueprint.config["config"]))
         return _recombined(parts, parts.classes, wanted=wanted, example=example, out=out)
-    model = folder.read(Folder.at(recipe.model))
+    model = _model(recipe)
     stored = splitting.stored(Folder.at(recipe.store), model)
     return _recombined(stored, wanted.classes, wanted=wanted, example=model.example, out=out)
 
@@ -93,7 +93,7 @@ def transfer(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -
     if recipe.transfer is None:
         raise _lacks("transfer", "base_model, train, test and groups")
     store, out = Folder.at(recipe.store), _other(recipe.transfer.out, recipe)
-    model = folder.read(Folder.at(recipe.model))
+    model = _model(recipe)
     splitting.split(store, model)
     learngenes = Learngenes(store=store, place=splitting.place_of(model))
     with _steps(recipe.transfer, progress, "transfer") as on_step, open_runtime(address):
@@ -119,6 +119,12 @@ def _steps(config: Training, progress: Progress, name: str) -> Generator[Callabl
             done = step
 
         yield on_step
+
+
+def _model(recipe: KindRecipe) -> folder.Model:
+    sections = (recipe.train, recipe.transfer)
+    trusted = [section.backbone for section in sections if section is not None]
+    return folder.read(Folder.at(recipe.model), trusted=trusted)
 
 
 def _other(out: str, recipe: KindRecipe) -> Folder:

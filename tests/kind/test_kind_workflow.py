@@ -175,6 +175,18 @@ def test_a_foreign_folder_is_never_replaced_and_a_damaged_model_never_read(train
         workflow.split(parse_kind_recipe(raw | {"model": str(tmp_path / "copy")}), address="none")
 
 
+@pytest.mark.parametrize("place", ["model", "backbone"])
+def test_a_folder_does_not_choose_what_code_runs(trained, tmp_path, place):
+    path, raw, _ = trained
+    shutil.copytree(path / "model", tmp_path / "copy")
+    description = json.loads((tmp_path / "copy" / "kind.json").read_text())
+    blueprint = description["blueprint"]
+    (blueprint if place == "model" else blueprint["config"])[place] = "subprocess:Popen"
+    (tmp_path / "copy" / "kind.json").write_text(json.dumps(description))
+    with pytest.raises(OutputError, match="built by subprocess:Popen"):
+        workflow.split(parse_kind_recipe(raw | {"model": str(tmp_path / "copy")}), address="none")
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
