@@ -96,7 +96,8 @@ def entrants() -> dict[str, Callable[[Study, int], Outcome]]:
 def _section(study: Study, part: Part, *, seed: int) -> Training:
     return Training(
         task="text", base_model=study.case.base, backbone=BUILDER, train=part.train, test=part.test,
-        max_length=24, groups=part.groups, learngenes=study.learngenes, tailors=1.0 - study.learngenes,
+        max_length=24, groups=part.groups,
+        learngenes=study.learngenes, tailors=1.0 - study.learngenes,
         steps=study.steps, batch_size=study.batch_size, learning_rate=study.learning_rate,
         warmup_steps=20, measure_every=max(1, study.steps // 3), seed=seed,
     )  # fmt: skip
