@@ -170,7 +170,11 @@ def whatif(
 
         loaded = load_recipe(recipe)
         try:
-            budgets = [parse_share(part) for part in k.split(",")] if k else [loaded.parameters.k]
+            budgets = (
+                [parse_share(part) for part in k.split(",")]
+                if k is not None
+                else [loaded.parameters.k]
+            )
         except ValueError as error:
             raise RecipeError(f"--k {k}: {error}") from None
         plan = asked(
