@@ -1,4 +1,4 @@
-"""Denoising diffusion: noisy images, the loss of a prediction, samples, and averaged weights.
+"""Denoising diffusion: noisy images, the loss of a prediction, and samples.
 
 Images x are about -1 to 1, times 0 (clean) to 1 (noise): x_t = alpha x + sigma noise with
 alpha = cos(pi t / 2) and sigma = sin(pi t / 2). A network predicts v = alpha noise - sigma x, from
@@ -10,7 +10,7 @@ References: arXiv 2102.09672, section 3.2 (cosine schedule); 2202.00512, section
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -85,21 +85,6 @@ def ddim_sample(
         alpha, sigma = _alpha_sigma(later)
         x = alpha * clean + sigma * noise
     return x
-
-
-@torch.no_grad()
-def update_average(
-    average: Mapping[str, Tensor], values: Mapping[str, Tensor], *, decay: float, step: int
-) -> None:
-    """Move averaged weights towards the values of a step (0, 1, ...), in place.
-
-    The decay grows to its full value, min(decay, (1 + step) / (10 + step)): the average forgets the
-    random start instead of carrying decay^steps of it along.
-    """
-    weight = 1.0 - min(decay, (1.0 + step) / (10.0 + step))
-    torch._foreach_lerp_(  # pyright: ignore[reportPrivateUsage]  the only batched form
-        [average[name] for name in values], list(values.values()), weight
-    )
 
 
 def _alpha_sigma(times: Tensor) -> tuple[Tensor, Tensor]:

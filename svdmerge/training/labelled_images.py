@@ -27,7 +27,7 @@ class LabelledImages:
         return len(self.labels)
 
     def of_classes(self, classes: Sequence[int]) -> "LabelledImages":
-        """Those of some classes, in their order here; labels stay what they are.
+        """Those of some classes; each label becomes its place in `classes`.
 
         Raises:
             TrainingError: a class has no image.
@@ -39,8 +39,9 @@ class LabelledImages:
                 f"The labels there are: {self.labels.unique().tolist()}.",
                 "Correct `classes`.",
             )
-        rows = torch.isin(self.labels, torch.tensor(list(classes)))
-        return LabelledImages(pixels=self.pixels[rows], labels=self.labels[rows])
+        matches = self.labels[:, None] == torch.tensor(list(classes))
+        rows = matches.any(dim=1)
+        return LabelledImages(pixels=self.pixels[rows], labels=matches[rows].int().argmax(dim=1))
 
     def scaled(self, rows: Sequence[int] | slice = slice(None)) -> Tensor:
         """Some images as float32 from -1 to 1."""

@@ -11,7 +11,6 @@ from svdmerge.core.diffusion import (
     ddim_sample,
     denoising_losses,
     noisy,
-    update_average,
     velocity,
 )
 
@@ -88,12 +87,3 @@ def test_the_best_prediction_has_the_least_loss_and_it_is_the_closed_form() -> N
     assert losses.mean().item() == pytest.approx(STD**2 / (0.5 * STD**2 + 0.5), rel=0.02)
     worse = denoising_losses(gaussian_oracle(MEAN, 1.3 * STD), x, noise=e, times=t)
     assert worse.mean() > losses.mean()
-
-
-def test_averaged_weights_forget_the_start_then_move_by_the_decay() -> None:
-    average, values = {"w": torch.tensor([5.0])}, {"w": torch.tensor([1.0])}
-    update_average(average, values, decay=0.99, step=0)
-    assert average["w"].item() == pytest.approx(0.1 * 5.0 + 0.9 * 1.0)
-    average = {"w": torch.tensor([5.0])}
-    update_average(average, values, decay=0.99, step=10**6)
-    assert average["w"].item() == pytest.approx(0.99 * 5.0 + 0.01 * 1.0)
