@@ -21,7 +21,7 @@ from svdmerge.errors import RecipeError
 _NAMES = re.compile(
     r"(^|\.)("
     r"attention\.(self|attention)\.(query|key|value)|attention\.output\.dense"  # BERT, ViT
-    r"|(layers?\.\d+|layer\.\d+)\.(intermediate|output)\.dense"
+    r"|(layers?\.\d+|layer\.\d+)\.((intermediate|output)\.dense|fc[12])"
     r"|attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj)"  # GPT-2; its c_attn is query, key and value
     r"|(self_attn|attn|attention|encoder_attn|cross_attn)\.([qkvo]|out)_proj"  # Llama, CLIP, BART
     r"|mlp\.(gate|up|down)_proj"

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -60,5 +59,4 @@ def groups_of(sizes: Sequence[int]) -> list[int]:
 
 def even(total: int, *, parts: int) -> list[int]:
     """A total in parts that differ by one at most, larger ones first."""
-    bounds = [0, *accumulate(total // parts + (i < total % parts) for i in range(parts))]
-    return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [total // parts + (i < total % parts) for i in range(parts)]
