@@ -168,18 +168,29 @@ def _image(tokens: Float[Tensor, "b t p"], *, channels: int, patch: int) -> Floa
     return F.pixel_shuffle(grid, patch)
 
 
-def _sinusoids(values: Float[Tensor, " b"], num: int = _NUM_FREQUENCIES) -> Float[Tensor, "b f"]:
-    """Cosines, then sines, of each value at `num` wavelengths from 2 pi to 20000 pi.
+def _sinusoids(
+    values: Float[Tensor, " b"], *, num: int = _NUM_FREQUENCIES, slowest: float = 10_000.0
+) -> Float[Tensor, "b f"]:
+    """Cosines, then sines, of each value at `num` wavelengths from 2 pi to `slowest` times that.
 
     Reference: arXiv 1706.03762, section 3.5.
     """
     powers = torch.arange(num, dtype=torch.float32, device=values.device) / num
-    angles = values[:, None] * torch.exp(-math.log(10_000.0) * powers)
+    angles = values[:, None] * slowest**-powers
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def _grid_positions(side: int, *, width: int) -> Float[Tensor, "t d"]:
-    """Fixed positions of a square's patches: half of the width for the row, half for the column."""
-    axis = _sinusoids(torch.arange(side, dtype=torch.float32), width // 4)
+    """Fixed positions of a square's patches: half of the width for the row, half for the column.
+
+    The slowest wave turns once over 2 pi squares' sides; slower ones, as DiT's, are constants here.
+    """
+    places = torch.arange(side, dtype=torch.float32)
+    axis = _sinusoids(places, num=width // 4, slowest=float(side))
     rows, columns = axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)
     return torch.cat([rows, columns], dim=1)
+
+
+def build(config: dict[str, int]) -> DiT:
+    """The DiT of a configuration's plain values."""
+    return DiT(DiTConfig(**config))
