@@ -100,10 +100,10 @@ def from_hierarchy(tree: Hierarchy) -> ClassGate:
     """The gate of a label hierarchy: a group for each inner node, shared by the classes below it.
 
     `{"animals": {"cats": ["lion", "lynx"], "dogs": ["wolf"]}}` gives lion the tailors of animals
-    and those of cats.
+    and those of cats. A class in several places has the groups of all of them.
 
     Raises:
-        RecipeError: a class stands directly at the root, twice, or a node has no class.
+        RecipeError: a node has no class below it, or a class stands directly at the root.
     """
     uses: dict[str, list[str]] = {}
     _descend(tree, path=[], uses=uses)
@@ -120,11 +120,7 @@ def _descend(node: Hierarchy, *, path: list[str], uses: dict[str, list[str]]) ->
             _descend(below, path=[*path, name], uses=uses)
         return
     for name in node:
-        if name in uses:
-            raise RecipeError(
-                f"class {name!r}: stands twice in the hierarchy", "", "Keep it in one place."
-            )
-        uses[name] = ["/".join(path[: i + 1]) for i in range(len(path))]
+        uses.setdefault(name, []).extend("/".join(path[: i + 1]) for i in range(len(path)))
 
 
 class GateRows(nn.Module):

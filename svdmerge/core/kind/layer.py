@@ -14,6 +14,8 @@ from svdmerge.errors import RecipeError, TrainingError
 class DecomposableLinear(nn.Module):
     """y = ((x Vh^T) * (s * mask)) U^T + bias, the mask by each sample's class: see `gated`.
 
+    Where there is a `base`, x base^T is added: what every class uses, in dense form.
+
     The factors are free parameters: unsorted, signed, not orthogonal (arXiv 2408.07337), and
     nothing ever sorts or decomposes them again. No weight matrix is formed, for no class.
     """
@@ -27,6 +29,7 @@ class DecomposableLinear(nn.Module):
         *,
         group: Sequence[int],
         bias: Float[Tensor, " m"] | None,
+        base: Float[Tensor, "m n"] | None = None,
     ) -> None:
         """`group` tells of each component 0 for a learngene, 1 + g for a tailor of group g.
 
@@ -44,6 +47,7 @@ class DecomposableLinear(nn.Module):
         self.s = nn.Parameter(components.s.detach().clone())
         self.vh = nn.Parameter(components.vh.detach().clone(memory_format=torch.contiguous_format))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.base = None if base is None else nn.Parameter(base.detach().clone())
         self.register_buffer(
             "group", torch.tensor(list(group), dtype=torch.int64), persistent=False
         )
@@ -79,7 +83,10 @@ class DecomposableLinear(nn.Module):
         Raises:
             TrainingError: no class is given, or as many as x has samples are not.
         """
-        return F.linear(F.linear(x, self.vh) * self._scales(x), self.u, self.bias)
+        along = F.linear(x, self.vh) * self._scales(x)
+        if self.base is None:
+            return F.linear(along, self.u, self.bias)
+        return F.linear(x, self.base, self.bias) + F.linear(along, self.u)
 
     def _scales(self, x: Tensor) -> Tensor:
         if self.mask is None:
