@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from svdmerge.core.diffusion import denoising_losses
 from svdmerge.core.dit import DiT, DiTConfig
 from svdmerge.core.kind.replace import Spec, decomposable
+from svdmerge.errors import TrainingError
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.kind.denoising import held_out_losses, predict, samples
 from svdmerge.training.labelled_images import LabelledImages, read_labelled_images
@@ -39,10 +40,23 @@ class Diffusion:
     random_gate: bool = False
     """A control: each image uses the tailors of a class drawn anew in every step."""
 
+    def __post_init__(self) -> None:
+        if self.network.num_classes != len(self.classes):
+            raise TrainingError(
+                f"classes: a network of {self.network.num_classes} classes for {len(self.classes)}",
+                "Every class has its own embedding.",
+                "Make `num_classes` the number of classes.",
+            )
+
     @property
     def num_examples(self) -> int:
         """Images to train on."""
         return len(self._images)
+
+    @property
+    def labels(self) -> Tensor:
+        """The model's class of each image to train on (n,)."""
+        return self._images.labels
 
     @cached_property
     def _images(self) -> LabelledImages:
@@ -93,3 +107,8 @@ class Diffusion:
         noise = torch.randn(self._images.pixels.shape[1:], generator=generator)
         gate = int(torch.randint(len(self.classes), (), generator=generator))
         return gate, time, noise
+
+
+def unread(diffusion: Diffusion) -> Diffusion:
+    """The same objective without the images it may have read: each process reads its own."""
+    return replace(diffusion)
