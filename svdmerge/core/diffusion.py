@@ -9,6 +9,7 @@ References: arXiv 2102.09672, section 3.2 (cosine schedule); 2202.00512, section
 (this angle, and v).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -74,7 +75,7 @@ def ddim_sample(
     """
     x = start
     times = torch.linspace(1.0, 0.0, num_steps + 1, device=x.device)
-    for now, later in zip(times[:-1], times[1:], strict=True):
+    for now, later in itertools.pairwise(times):
         alpha, sigma = _alpha_sigma(now)
         v = predict(x, now.expand(len(x)))
         clean, noise = alpha * x - sigma * v, sigma * x + alpha * v

@@ -1,5 +1,6 @@
 """A small convolutional classifier of images, whose features generated images are judged by."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ class ClassifierTraining:
     num_features: int = 64
     epochs: int = 6
     learning_rate: float = 3e-3
+    mirrored: bool = True
+    """Whether a mirrored image is still one of its class."""
     seed: int = 0
 
 
@@ -29,7 +32,7 @@ class ImageClassifier(nn.Module):
         super().__init__()
         sizes = (channels, num_features // 2, num_features, num_features)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(n, m, 3, stride=2, padding=1) for n, m in zip(sizes, sizes[1:], strict=False)
+            nn.Conv2d(n, m, 3, stride=2, padding=1) for n, m in itertools.pairwise(sizes)
         )
         # Batch statistics would make one image's features depend on the others'.
         self.norms = nn.ModuleList(nn.GroupNorm(8, m) for m in sizes[1:])
@@ -50,7 +53,7 @@ class ImageClassifier(nn.Module):
 def train_classifier(
     images: LabelledImages, *, num_classes: int, training: ClassifierTraining
 ) -> ImageClassifier:
-    """A classifier of the images' labels, trained with mirrored copies."""
+    """A classifier of the images' labels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         model = ImageClassifier(
@@ -67,7 +70,7 @@ def train_classifier(
         for number, rows in enumerate(order.split(_BATCH)):
             seen = images.scaled(rows.tolist())
             # Every other batch: each image is then seen either way over the epochs.
-            if (number + epoch) % 2:
+            if training.mirrored and (number + epoch) % 2:
                 seen = seen.flip(-1)
             optimizer.zero_grad()
             F.cross_entropy(model(seen), images.labels[rows]).backward()

@@ -56,10 +56,12 @@ def read_labelled_images(path: str, *, channels: int, size: int) -> LabelledImag
         TrainingError: the table cannot be read, or an image is broken or of another size.
     """
     table = read_table(path, columns=("image", "label"))
-    pixels = np.stack([
-        _pixels(item, channels=channels, size=size, place=f"{path}, row {row}")
-        for row, item in enumerate(table.column("image").to_pylist())
-    ])
+    pixels = np.stack(
+        [
+            _pixels(item, channels=channels, size=size, place=f"{path}, row {row}")
+            for row, item in enumerate(table.column("image").to_pylist())
+        ]
+    )
     labels = table.column("label").to_numpy().astype(np.int64)
     return LabelledImages(pixels=torch.from_numpy(pixels), labels=torch.from_numpy(labels))
 

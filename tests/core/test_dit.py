@@ -42,24 +42,26 @@ def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity() -> None:
     assert torch.equal(Block(config())(x, condition=torch.randn(2, 16)), x)
 
 
-def test_images_are_cut_into_patches_and_put_together_in_place() -> None:
+def test_a_patch_is_seen_with_half_of_its_neighbours_and_put_in_its_place() -> None:
     model = filled(DiT(config(depth=1)))
     with torch.no_grad():  # blocks off, every patch to itself: only the cutting is left
         model.blocks[0].modulation.weight.zero_()
         model.blocks[0].modulation.bias.zero_()
     images, times, classes = batch(1)
     before = model(images, times, classes)
-    images[0, :, 2:4, 6:8] += 1.0
+    images[0, :, 4, 7] += 1.0  # the first row of the last patch of the third row of patches
     changed = (model(images, times, classes) != before).any(dim=1)[0]
     wanted = torch.zeros(8, 8, dtype=torch.bool)
-    wanted[2:4, 6:8] = True
+    wanted[2:6, 6:8] = True  # that patch, and the one above, whose half it is
     assert torch.equal(changed, wanted)
 
 
 def test_a_block_is_the_formula_of_adaln_zero() -> None:
     block = filled(Block(config()))
     x, c = torch.randn(2, 5, 16), torch.randn(2, 16)
-    parts = (nn.functional.silu(c) @ block.modulation.weight.T + block.modulation.bias).view(2, 6, 16)
+    parts = (nn.functional.silu(c) @ block.modulation.weight.T + block.modulation.bias).view(
+        2, 6, 16
+    )
     shift1, scale1, gate1, shift2, scale2, gate2 = (parts[:, [i]] for i in range(6))
 
     def norm(y: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def test_its_projections_are_found_by_name_and_modulation_stays_dense() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"patch": 3}, "3 does not divide images of 8"), ({"heads": 3}, "no multiple of 4 and of 3")],
+    [({"patch": 3}, "patch: 3 for images of 8"), ({"heads": 3}, "no multiple of 4 and of 3")],
 )
 def test_sizes_that_do_not_fit_are_an_error(changes: dict[str, int], told: str) -> None:
     with pytest.raises(TrainingError, match=told):

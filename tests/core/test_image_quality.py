@@ -28,9 +28,7 @@ def test_the_kernel_distance_is_the_sum_over_pairs_of_its_definition() -> None:
 
 
 def test_the_kernel_distance_of_one_distribution_scatters_around_zero() -> None:
-    found = [
-        kernel_distance(normal(40, seed=2 * i), normal(40, seed=2 * i + 1)) for i in range(40)
-    ]
+    found = [kernel_distance(normal(40, seed=2 * i), normal(40, seed=2 * i + 1)) for i in range(40)]
     mean = sum(found) / 40
     error = math.sqrt(sum((f - mean) ** 2 for f in found) / 39 / 40)
     assert min(found) < 0 < max(found)

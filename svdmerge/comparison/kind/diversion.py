@@ -38,7 +38,7 @@ def gate_losses(study: Study, model: nn.Module) -> Tensor:
 
     The class embedding is the image's own throughout: what differs is the tailors alone.
     """
-    images = study.tested.of_classes(study.old)
+    images = study.few(study.old)
     columns = [
         held_out_losses(
             model, images, num_draws=2, gates=torch.full((len(images),), gate, dtype=torch.int64)
@@ -78,7 +78,7 @@ def matrices(study: Study, seed: int) -> dict[str, Tensor]:
         found = {
             name: gate_losses(study, model) for name, model in zip(CONTROLS, models, strict=True)
         }
-        return found | {"labels": study.tested.of_classes(study.old).labels}
+        return found | {"labels": study.few(study.old).labels}
 
     return study.measured(f"matrices-{seed}", work)
 

@@ -170,9 +170,7 @@ def _extended(study: Study, state: Mapping[str, Tensor], *, seed: int) -> nn.Mod
     return model
 
 
-def _random(
-    linear: nn.Linear, *, path: str, num: int, groups: int, seed: int
-) -> RankOneComponents:
+def _random(linear: nn.Linear, *, path: str, num: int, groups: int, seed: int) -> RankOneComponents:
     m, n = linear.weight.shape
     generator = torch.Generator().manual_seed(seed_of(path, m=m, n=n, block=1) ^ seed)
     # At the scale of a model of learngenes and tailors alike, of which these are the new part.

@@ -1,6 +1,5 @@
 """Are learngenes class-agnostic? How alike those of models of disjoint classes are, and tailors."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -110,5 +109,3 @@ def _kept(
         (along[..., own] @ layer.u[:, own].T).flatten(0, -2) for own in (learnt, ~learnt)
     ]
     found[path] = (parts[0], parts[1])
-
-

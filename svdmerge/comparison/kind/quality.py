@@ -70,7 +70,9 @@ def real_quality(study: Study, classes: tuple[int, ...]) -> Quality:
     """What as many training images reach: the floor of the distances."""
     images = read_labelled_images(study.train, channels=CHANNELS, size=SIZE).of_classes(classes)
     rows = [
-        row for c in range(len(classes)) for row in (images.labels == c).nonzero()[:NUM_EACH, 0].tolist()
+        row
+        for c in range(len(classes))
+        for row in (images.labels == c).nonzero()[:NUM_EACH, 0].tolist()
     ]
     labels = torch.tensor([classes[c] for c in images.labels[rows].tolist()])
     return _judged(study, images.scaled(rows), labels=labels, real=study.tested.of_classes(classes))
@@ -80,9 +82,7 @@ def _labels(num_classes: int) -> list[int]:
     return [c for c in range(num_classes) for _ in range(NUM_EACH)]
 
 
-def _sampled(
-    folder: Folder, name: str, model: nn.Module, *, num_classes: int, seed: int
-) -> Tensor:
+def _sampled(folder: Folder, name: str, model: nn.Module, *, num_classes: int, seed: int) -> Tensor:
     shape = (CHANNELS, SIZE, SIZE)
     made = samples(model, _labels(num_classes), shape=shape, num_steps=NUM_STEPS, seed=seed)
     shown = made.unflatten(0, (num_classes, NUM_EACH))[:, :10].flatten(0, 1)

@@ -60,7 +60,13 @@ def held_out_losses(
 
 
 def samples(
-    model: nn.Module, labels: Sequence[int], *, shape: tuple[int, ...], num_steps: int, seed: int
+    model: nn.Module,
+    labels: Sequence[int],
+    *,
+    shape: tuple[int, ...],
+    num_steps: int,
+    seed: int,
+    gates: Sequence[int] | None = None,
 ) -> Tensor:
     """An image (n, channels, h, w) of each label, pixels from -1 to 1.
 
@@ -68,9 +74,14 @@ def samples(
     """
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn((len(labels), *shape), generator=generator)
-    parts = zip(torch.tensor(list(labels)).split(_BATCH), start.split(_BATCH), strict=True)
+    named, switched = (torch.tensor(list(c)) for c in (labels, gates or labels))
     made = [
-        ddim_sample(predict(model, chosen), noise, num_steps=num_steps, limit=1.0)
-        for chosen, noise in parts
+        ddim_sample(
+            predict(model, named[part], gates=switched[part]),
+            start[part],
+            num_steps=num_steps,
+            limit=1.0,
+        )
+        for part in torch.arange(len(named)).split(_BATCH)
     ]
     return torch.cat(made).clamp(-1.0, 1.0)

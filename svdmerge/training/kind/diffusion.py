@@ -1,7 +1,7 @@
 """Class-conditional denoising diffusion as an objective: a DiT learns to denoise images."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -36,7 +36,9 @@ class Diffusion:
     test: str = ""
     """A table like `train` whose mean denoising loss is measured; empty measures none."""
     pictures: str = ""
-    """Folder that sample grids are written to, a row of images for each class; empty writes none."""
+    """Folder that sample grids are written to, a row for each class; empty writes none."""
+    prepare: Callable[[nn.Module], None] | None = None
+    """Changes the fresh model in place before it trains, as where learngenes are carried over."""
     random_gate: bool = False
     """A control: each image uses the tailors of a class drawn anew in every step."""
 
@@ -67,12 +69,14 @@ class Diffusion:
         return read_labelled_images(path, channels=channels, size=size).of_classes(self.classes)
 
     def model(self) -> nn.Module:
-        """A fresh DiT."""
+        """A fresh DiT, prepared."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             model = DiT(self.network)
         if self.spec is not None:
             decomposable(model, self.spec)
+        if self.prepare is not None:
+            self.prepare(model)
         return model
 
     def losses(self, model: nn.Module, rows: Sequence[int], *, step: int) -> Tensor:

@@ -14,9 +14,7 @@ from svdmerge.training.kind.diffusion import Diffusion
 from svdmerge.training.pictures import png_bytes
 
 SIZE = 8
-NETWORK = DiTConfig(
-    image_size=SIZE, channels=1, patch=2, width=16, depth=1, heads=2, num_classes=3
-)
+NETWORK = DiTConfig(image_size=SIZE, channels=1, patch=2, width=16, depth=1, heads=2, num_classes=3)
 
 
 def write_images(path: Path, *, per_class: int = 8, seed: int = 0) -> str:
