@@ -168,6 +168,7 @@ class StoredModel:
                 n=spectra[path][0].n,
                 sizes=tuple(sizes),
                 salience=torch.from_numpy(spectra[path][0].s.copy()),
+                based=path in self.about["based"],
             )
             for path, sizes in self.about["layers"].items()
         }

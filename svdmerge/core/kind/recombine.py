@@ -23,6 +23,8 @@ class Stored:
     sizes: tuple[int, ...]
     """Learngenes, then tailors of each group."""
     salience: Float[Tensor, " r"]
+    based: bool = False
+    """Whether it has a dense part too, into which components that are always on then merge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +37,6 @@ class Chosen:
     """Components that are always on, then those of each group of the new gate."""
     dense: bool
     """Whether those always on become one matrix, which is smaller than they are."""
-
-    def num_parameters(self, m: int, n: int) -> int:
-        """Of the layer's weight in its new form."""
-        return _size(m, n, num_always=self.sizes[0], num_gated=sum(self.sizes[1:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,30 +143,32 @@ def _chosen(layer: Stored, held: list[tuple[int, int]], *, num_groups: int) -> C
     return Chosen(
         indices=tuple(i for i, _ in ordered),
         sizes=sizes,
-        dense=layer.m * layer.n <= sizes[0] * (layer.m + layer.n + 1),
+        dense=layer.based or layer.m * layer.n <= sizes[0] * (layer.m + layer.n + 1),
     )
 
 
 def _size_of(layer: Stored, num_always: int, num_gated: int) -> int:
-    return _size(layer.m, layer.n, num_always=num_always, num_gated=num_gated)
-
-
-def _size(m: int, n: int, *, num_always: int, num_gated: int) -> int:
     """Parameters of a layer whose part always on takes the smaller form, factored or dense."""
-    component = m + n + 1
-    return min(num_always * component, m * n) + num_gated * component
+    component, whole = layer.m + layer.n + 1, layer.m * layer.n
+    always = whole if layer.based else min(num_always * component, whole)
+    return always + num_gated * component
 
 
 def assembled(
-    chosen: Chosen, components: RankOneComponents, *, bias: Float[Tensor, " m"] | None
+    chosen: Chosen,
+    components: RankOneComponents,
+    *,
+    bias: Float[Tensor, " m"] | None,
+    base: Float[Tensor, "m n"] | None = None,
 ) -> nn.Module:
     """The new layer, of its components in the order of the ids: a plain linear layer where all of
-    it is dense."""
+    it is dense. `base` is the dense part that the layer had before."""
     if not chosen.dense:
         return DecomposableLinear(components, group=groups_of(chosen.sizes), bias=bias)
     num_always = chosen.sizes[0]
     # In float64: hundreds of terms that cancel would leave float32 rounding in every output.
-    always = components.slice(0, num_always).to(torch.float64).dense().to(components.s.dtype)
+    always = components.slice(0, num_always).to(torch.float64).dense()
+    always = (always if base is None else always + base.double()).to(components.s.dtype)
     gated = components.slice(num_always, len(components))
     if len(gated):
         group = groups_of((0, *chosen.sizes[1:]))

@@ -1,0 +1,154 @@
+"""Recombine: a smaller gated model for some classes and a budget, without training."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from svdmerge.core.kind.blueprint import Blueprint, shaped
+from svdmerge.core.kind.gate import GateRows, gated
+from svdmerge.core.kind.layer import DecomposableLinear
+from svdmerge.core.kind.recombine import Recombination, assembled, recombine
+from svdmerge.core.kind.replace import GATE, put
+from svdmerge.errors import RecipeError
+from svdmerge.kind.folder import Model, called, plain
+from svdmerge.kind.recipe import Budget
+from svdmerge.kind.split import blueprint_of
+from svdmerge.storage.decomposed import StoredModel
+
+ITEM_BYTES = 4  # everything in the store is float32
+NUM_RUNS = 15  # an odd number: the median is one of them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a model takes."""
+
+    parameters: int
+    flops: int
+    """Of a forward pass of the example, by torch's counter."""
+    latency_ms: float
+    """Of that pass, the median."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecombineResult:
+    """The recombined model beside the full one."""
+
+    out: str
+    classes: tuple[str, ...]
+    gated: bool
+    """Whether it still needs a class at inference."""
+    full: Cost
+    recombined: Cost
+    tailors_dropped: int
+    """That the classes would use and the budget does not afford."""
+    max_difference: float
+    """Largest difference of outputs to the full model's on the example, over the classes; what the
+    dropped tailors make it, and rounding alone without any."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def recombined(
+    stored: StoredModel, *, classes: Sequence[str], budget: Budget | None
+) -> tuple[Blueprint, nn.Module, Recombination]:
+    """The smaller model and its blueprint; only the components it takes are read.
+
+    Raises:
+        RecipeError: a class is unknown, or the budget is below the learngenes alone.
+    """
+    blueprint, rest = blueprint_of(stored), stored.rest()
+    chosen = recombine(
+        stored.layers(),
+        gate=blueprint.gate,
+        classes=classes,
+        budget=None if budget is None else layer_parameters(budget, rest),
+    )
+    model = shaped(plain(blueprint), blueprint)
+    for path, choice in chosen.layers.items():
+        components = stored.components(path, choice.indices)
+        bias, base = rest.get(f"{path}.bias"), rest.get(f"{path}.base")
+        put(model, path, assembled(choice, components, bias=bias, base=base))
+    model.add_module(GATE, GateRows(chosen.gate))
+    bases = {f"{path}.base" for path in blueprint.based}  # merged with what is always on
+    model.load_state_dict(model.state_dict() | {k: v for k, v in rest.items() if k not in bases})
+    model.eval()
+    linear = [p for p in chosen.layers if isinstance(model.get_submodule(p), nn.Linear)]
+    return replace(blueprint.of(model), linear=tuple(linear)), model, chosen
+
+
+def layer_parameters(budget: Budget, rest: Mapping[str, Tensor]) -> int:
+    """The budget as parameters of the decomposed layers, what else the model has taken off.
+
+    Raises:
+        RecipeError: nothing is left of it.
+    """
+    if budget.flops is not None:
+        return budget.flops // 2  # a multiplication and an addition for each, per token
+    others = sum(value.numel() for value in rest.values())
+    total = budget.parameters or (budget.bytes or 0) // ITEM_BYTES
+    if total <= others:
+        raise RecipeError(
+            f"budget: {total:,} parameters",
+            f"Embeddings, norms, biases and heads alone take {others:,}.",
+            f"Raise the budget above {others:,}.",
+        )
+    return total - others
+
+
+def compared(
+    full: nn.Module, small: nn.Module, *, example: Mapping[str, Tensor], classes: Sequence[str]
+) -> tuple[Cost, Cost, float]:
+    """Costs of both models on the example, and the largest difference of their outputs."""
+    costs = [_cost(model, example, classes[0]) for model in (full, small)]
+    with torch.no_grad():
+        differences: list[float] = []
+        for name in classes:
+            outputs: list[Tensor] = []
+            for model in (full, small):
+                with gated(model, name):
+                    outputs.append(called(model, example))
+            differences.append(float((outputs[0] - outputs[1]).abs().max()))
+    times = _latencies((full, small), example, classes[0])
+    found = [replace(cost, latency_ms=ms) for cost, ms in zip(costs, times, strict=True)]
+    return found[0], found[1], max(differences)
+
+
+def _cost(model: nn.Module, example: Mapping[str, Tensor], name: str) -> Cost:
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), gated(model, name):
+        called(model, example)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(parameters=parameters, flops=counter.get_total_flops(), latency_ms=0.0)
+
+
+def _latencies(
+    models: Sequence[nn.Module], example: Mapping[str, Tensor], name: str
+) -> list[float]:
+    """Medians in milliseconds; the models take turns, so that a busy machine slows all alike."""
+    seconds: list[list[float]] = [[] for _ in models]
+    for _ in range(NUM_RUNS):
+        for model, own in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            with torch.no_grad(), gated(model, name):
+                called(model, example)
+            own.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(own) for own in seconds]
+
+
+def is_gated(model: nn.Module) -> bool:
+    """Whether a class has to be given."""
+    layers = [m for m in model.modules() if isinstance(m, DecomposableLinear)]
+    return any(len(layer.sizes) > 1 for layer in layers)
+
+
+def as_model(blueprint: Blueprint, module: nn.Module, *, example: Mapping[str, Tensor]) -> Model:
+    """A module at rest."""
+    return Model(blueprint=blueprint, state=module.state_dict(), example=example)

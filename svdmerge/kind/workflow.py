@@ -1,0 +1,115 @@
+"""The work of each `svdmerge kind` command: configuration in, result out."""
+
+import contextlib
+from collections.abc import Callable, Generator
+
+from svdmerge.engine.runtime import open_runtime
+from svdmerge.errors import RecipeError
+from svdmerge.kind import folder
+from svdmerge.kind import recombine as recombining
+from svdmerge.kind import split as splitting
+from svdmerge.kind import train as training
+from svdmerge.kind.recipe import KindRecipe, Training
+from svdmerge.kind.recombine import RecombineResult
+from svdmerge.kind.split import SplitResult
+from svdmerge.kind.train import Learngenes, TrainResult
+from svdmerge.progress import SILENT, Progress
+from svdmerge.storage.filesystem import Folder
+
+
+def train(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -> TrainResult:
+    """Train the model of the `train` section into `model`. Raises: as `kind.train.train`."""
+    if recipe.train is None:
+        raise _lacks("train", "base_model, train, test and groups")
+    out, store = Folder.at(recipe.model), Folder.at(recipe.store)
+    folder.check_free(out)
+    with _steps(recipe.train, progress, "train") as on_step, open_runtime(address):
+        return training.train(
+            recipe.train, out=out, store=store, use_ray=address != "none", on_step=on_step
+        )
+
+
+def split(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -> SplitResult:
+    """Put the trained model's components, or those of a library, into the store."""
+    if recipe.library is not None:
+        from svdmerge.kind.library import split_library
+
+        return split_library(recipe.library, address=address, progress=progress).result
+    return splitting.split(Folder.at(recipe.store), folder.read(Folder.at(recipe.model)))
+
+
+def recombine(recipe: KindRecipe) -> RecombineResult:
+    """Write the model of the `recombine` section, measured beside the full one.
+
+    Raises:
+        RecipeError: a class is unknown, or the budget is below the learngenes alone.
+    """
+    wanted = recipe.recombine
+    if wanted is None:
+        raise _lacks("recombine", "classes")
+    out = Folder.at(wanted.out)
+    folder.check_free(out)
+    if recipe.library is not None:
+        from svdmerge.kind.library import recombine_library
+
+        return recombine_library(recipe.library, wanted=wanted, out=out)
+    model = folder.read(Folder.at(recipe.model))
+    stored = splitting.stored(Folder.at(recipe.store), model)
+    blueprint, small, chosen = recombining.recombined(
+        stored, classes=wanted.classes, budget=wanted.budget
+    )
+    full = folder.load(model)
+    costs = recombining.compared(full, small, example=model.example, classes=chosen.gate.classes)
+    result = RecombineResult(
+        out=out.uri,
+        classes=chosen.gate.classes,
+        gated=recombining.is_gated(small),
+        full=costs[0],
+        recombined=costs[1],
+        tailors_dropped=chosen.num_dropped,
+        max_difference=costs[2],
+    )
+    at_rest = folder.Model(blueprint=blueprint, state=small.state_dict(), example=model.example)
+    folder.write(out, at_rest, result=result.to_json())
+    return result
+
+
+def transfer(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -> TrainResult:
+    """Train the `transfer` section's fresh tailors beside the learngenes of `model`."""
+    if recipe.transfer is None:
+        raise _lacks("transfer", "base_model, train, test and groups")
+    store = Folder.at(recipe.store)
+    model = folder.read(Folder.at(recipe.model))
+    splitting.split(store, model)
+    learngenes = Learngenes(store=store, place=splitting.place_of(model))
+    with _steps(recipe.transfer, progress, "transfer") as on_step, open_runtime(address):
+        return training.train(
+            recipe.transfer,
+            out=Folder.at(recipe.transfer.out),
+            store=store,
+            use_ray=address != "none",
+            on_step=on_step,
+            learngenes=learngenes,
+        )
+
+
+@contextlib.contextmanager
+def _steps(config: Training, progress: Progress, name: str) -> Generator[Callable[[int], None]]:
+    """A bar over training steps, advanced to the step that is told."""
+    with progress.stage(name, config.steps) as bar:
+        done = 0
+
+        def on_step(step: int) -> None:
+            nonlocal done
+            bar.advance(step - done)
+            done = step
+
+        yield on_step
+
+
+def _lacks(section: str, keys: str) -> RecipeError:
+    return RecipeError(
+        f"the configuration has no `{section}` section",
+        f"It says what to {section}.",
+        f"Add one, with {keys}.",
+    )
