@@ -7,19 +7,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from svdmerge.kind.folder import Model, as_example, check_free, write
-from svdmerge.kind.train import Learngenes, put_state
-from svdmerge.training.kind.transfer import carry, freeze, num_trainable
 from torch import nn
 
 from svdmerge.core.dit import DiT
 from svdmerge.core.kind.blueprint import Blueprint
 from svdmerge.core.kind.gate import gate_rows
 from svdmerge.errors import RecipeError
+from svdmerge.kind.folder import Model, as_example, check_free, write
+from svdmerge.kind.train import Learngenes, put_state
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.kind.diffusion import Diffusion, unread
 from svdmerge.training.kind.fit import fit_kind
 from svdmerge.training.kind.objective import Settings
+from svdmerge.training.kind.transfer import carry, freeze, num_trainable
 
 BUILDER = "svdmerge.core.dit:build"
 # Images that a model's cost is measured on.

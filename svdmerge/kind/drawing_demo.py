@@ -7,24 +7,22 @@ tailors. It goes to the store, and comes back as a model of two digits; its lear
 
 import time
 from dataclasses import asdict, dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from svdmerge.kind.folder import Model, load, read
-from svdmerge.kind.recombine import Cost, compared, recombined
-from svdmerge.kind.split import place_of, stored
-from svdmerge.kind.train import Learngenes
 from torch import Tensor, nn
 
 from svdmerge.core.dit import DiTConfig
 from svdmerge.core.kind.gate import disjoint
 from svdmerge.core.kind.replace import Spec
-from svdmerge.demo_models import SIDE, digit_images
+from svdmerge.demo_models import SIDE
 from svdmerge.kind.diffusion import train_diffusion
+from svdmerge.kind.digits import write_digits
+from svdmerge.kind.folder import Model, load, read
+from svdmerge.kind.recombine import Cost, compared, recombined
+from svdmerge.kind.split import place_of, stored
+from svdmerge.kind.train import Learngenes
 from svdmerge.progress import SILENT, Progress, Stage
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.image_classifier import (
@@ -147,7 +145,7 @@ class _Work:
         self.settings, self.store = settings, out.child("store")
         self.pictures: list[str] = []
         self._out, self._progress, self._use_ray = out, progress, use_ray
-        self._places = _write_digits(out)
+        self._places = write_digits(out, num_train=NUM_TRAIN)
         self._train, self._test = (
             read_labelled_images(place, channels=1, size=SIDE) for place in self._places
         )
@@ -241,20 +239,3 @@ class _Advance:
 
 def _cost(cost: Cost) -> dict[str, Any]:
     return {"flops": cost.flops, "latency_ms": cost.latency_ms}
-
-
-def _write_digits(out: Folder) -> tuple[str, str]:
-    """Places of the training and the test table: the images in the order they ship in."""
-    images, digits = digit_images()
-    pixels = (255 * images).round().to(torch.uint8).view(-1, SIDE, SIDE, 1)
-    places: list[str] = []
-    for name, rows in (("train", slice(NUM_TRAIN)), ("test", slice(NUM_TRAIN, None))):
-        table = pa.table({
-            "image": [png_bytes(image) for image in pixels[rows]],
-            "label": pa.array(digits[rows].numpy(), type=pa.int64()),
-        })  # fmt: skip
-        buffer = BytesIO()
-        pq.write_table(table, buffer)
-        out.put(f"{name}.parquet", buffer.getvalue())
-        places.append(out.child(f"{name}.parquet").uri)
-    return places[0], places[1]

@@ -19,8 +19,6 @@ from svdmerge.training.kind.objective import Objective, Settings
 from svdmerge.training.labelled_images import LabelledImages, read_labelled_images
 from svdmerge.training.loop import Group
 
-SIZE, CHANNELS = 32, 3
-
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
@@ -37,6 +35,10 @@ class Study:
     novel: tuple[int, ...] = (7, 8, 9)
     pairs: tuple[tuple[int, int], ...] = ((0, 1), (3, 5), (4, 6))
     """Old classes to recombine for, one pair for each seed."""
+    size: int = 32
+    """Pixels of a side."""
+    channels: int = 3
+    patch: int = 4
     width: int = 64
     depth: int = 3
     heads: int = 2
@@ -64,7 +66,12 @@ class Study:
     @cached_property
     def tested(self) -> LabelledImages:
         """All test images."""
-        return read_labelled_images(self.test, channels=CHANNELS, size=SIZE)
+        return read_labelled_images(self.test, channels=self.channels, size=self.size)
+
+    @cached_property
+    def seen(self) -> LabelledImages:
+        """All training images."""
+        return read_labelled_images(self.train, channels=self.channels, size=self.size)
 
     def few(self, classes: tuple[int, ...]) -> LabelledImages:
         """Some test images of each of these classes."""
@@ -79,8 +86,8 @@ class Study:
     def network(self, num_classes: int, *, width: int | None = None) -> DiTConfig:
         """The DiT's sizes."""
         return DiTConfig(
-            image_size=SIZE, channels=CHANNELS, patch=4, width=width or self.width,
-            depth=self.depth, heads=self.heads, num_classes=num_classes,
+            image_size=self.size, channels=self.channels, patch=self.patch,
+            width=width or self.width, depth=self.depth, heads=self.heads, num_classes=num_classes,
         )  # fmt: skip
 
     def gate(self, classes: tuple[int, ...]) -> ClassGate:
