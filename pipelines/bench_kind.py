@@ -1,14 +1,16 @@
 """Decomposable image models: is knowledge diverted by class, and what is it worth?
 
-    python pipelines/bench_kind.py TRAIN TEST OUT [--seeds 0,1,2] [--steps 1200] [--width 64]
+    python pipelines/bench_kind.py TRAIN TEST OUT [--seeds 0,1,2] [--steps 900] [--width 64]
+    python pipelines/bench_kind.py digits digits OUT [--seeds 0,1,2]
 
-TRAIN and TEST are tables of encoded 32 x 32 images and labels 0 to 9 (CIFAR-10's order). Models
-learn classes 0 to 6; 7 to 9 are novel. Everything is kept in OUT, so the same command resumes, and
+TRAIN and TEST are tables of encoded 32 x 32 images and labels 0 to 9 (CIFAR-10's order), or both
+`digits`: scikit-learn's, 8 x 8. Models learn classes 0 to 6; 7 to 9 are novel. Everything is kept in OUT, so the same command resumes, and
 after the last seed prints all tables again from what is there. One thread.
 """
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from svdmerge.comparison.kind.diversion import matrices, old_losses
@@ -28,10 +30,12 @@ from svdmerge.comparison.kind.report import (
 )
 from svdmerge.comparison.kind.study import Study, one_thread
 from svdmerge.comparison.kind.transfer import chosen_rate, transferred
+from svdmerge.kind.digits import write_digits
 
 CIFAR_10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
+DIGITS = tuple("0123456789")
 
 
 def diverted(study: Study, seeds: list[int]) -> None:
@@ -78,7 +82,9 @@ def drawn(study: Study, seeds: list[int]) -> None:
     show("Samples", quality_table(found))
     whole = study.gated(seeds[0])
     smaller = recombined(whole, [study.names[c] for c in study.pairs[0]])
-    full_s, less_s = sampling_seconds((whole, smaller), shape=(3, 32, 32))
+    full_s, less_s = sampling_seconds(
+        (whole, smaller), shape=(study.channels, study.size, study.size)
+    )
     print(f"\nSampling: full {full_s:.3f} s, recombined {less_s:.3f} s ({full_s / less_s:.2f}x).")
 
 
@@ -96,7 +102,7 @@ def main() -> None:
     parser.add_argument("test")
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--transfer-steps", type=int, default=300)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=3)
@@ -109,6 +115,12 @@ def main() -> None:
         depth=args.depth, steps=args.steps, transfer_steps=args.transfer_steps,
         num_learngenes=args.learngenes, num_tailors=args.tailors,
     )  # fmt: skip
+    if args.train == "digits":
+        train, test = write_digits(study.folder, num_train=1200)
+        study = replace(
+            study, train=train, test=test, names=DIGITS, size=8, channels=1, patch=2,
+            mirrored=False, classifier_epochs=12,
+        )  # fmt: skip
     parts = args.parts.split(",")
     seeds = [int(seed) for seed in args.seeds.split(",")]
     one_thread()

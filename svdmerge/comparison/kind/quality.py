@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from svdmerge.comparison.kind.study import CHANNELS, SIZE, Study
+from svdmerge.comparison.kind.study import Study
 from svdmerge.core.image_quality import frechet_distance, kernel_distance, precision_recall
-from svdmerge.storage.filesystem import Folder
 from svdmerge.training.image_classifier import (
     ClassifierTraining,
     ImageClassifier,
@@ -16,7 +15,7 @@ from svdmerge.training.image_classifier import (
     train_classifier,
 )
 from svdmerge.training.kind.denoising import samples
-from svdmerge.training.labelled_images import LabelledImages, read_labelled_images
+from svdmerge.training.labelled_images import LabelledImages
 from svdmerge.training.pictures import grid, png_bytes
 
 NUM_EACH = 50
@@ -37,16 +36,15 @@ class Quality:
 
 def classifier(study: Study) -> tuple[ImageClassifier, float]:
     """A classifier of all classes, trained on the training images, and its test accuracy."""
-    training = ClassifierTraining()
+    training = ClassifierTraining(epochs=study.classifier_epochs, mirrored=study.mirrored)
 
     def work() -> dict[str, Tensor]:
-        images = read_labelled_images(study.train, channels=CHANNELS, size=SIZE)
         return train_classifier(
-            images, num_classes=len(study.names), training=training
+            study.seen, num_classes=len(study.names), training=training
         ).state_dict()
 
     model = ImageClassifier(
-        channels=CHANNELS, num_classes=len(study.names), num_features=training.num_features
+        channels=study.channels, num_classes=len(study.names), num_features=training.num_features
     )
     model.load_state_dict(study.measured("classifier", work))
     model.eval().requires_grad_(False)
@@ -59,7 +57,7 @@ def quality(
     """A model's samples of its classes; their grid is written to `pictures/<name>.png`."""
 
     def work() -> dict[str, Tensor]:
-        return {"samples": _sampled(study.folder, name, model, num_classes=len(classes), seed=seed)}
+        return {"samples": _sampled(study, name, model, num_classes=len(classes), seed=seed)}
 
     made = study.measured(f"samples-{name}", work)["samples"]
     labels = torch.tensor([classes[c] for c in _labels(len(classes))])
@@ -68,7 +66,7 @@ def quality(
 
 def real_quality(study: Study, classes: tuple[int, ...]) -> Quality:
     """What as many training images reach: the floor of the distances."""
-    images = read_labelled_images(study.train, channels=CHANNELS, size=SIZE).of_classes(classes)
+    images = study.seen.of_classes(classes)
     rows = [
         row
         for c in range(len(classes))
@@ -82,11 +80,11 @@ def _labels(num_classes: int) -> list[int]:
     return [c for c in range(num_classes) for _ in range(NUM_EACH)]
 
 
-def _sampled(folder: Folder, name: str, model: nn.Module, *, num_classes: int, seed: int) -> Tensor:
-    shape = (CHANNELS, SIZE, SIZE)
+def _sampled(study: Study, name: str, model: nn.Module, *, num_classes: int, seed: int) -> Tensor:
+    shape = (study.channels, study.size, study.size)
     made = samples(model, _labels(num_classes), shape=shape, num_steps=NUM_STEPS, seed=seed)
     shown = made.unflatten(0, (num_classes, NUM_EACH))[:, :10].flatten(0, 1)
-    folder.put(f"pictures/{name}.png", png_bytes(grid(shown, columns=10)))
+    study.folder.put(f"pictures/{name}.png", png_bytes(grid(shown, columns=10)))
     return made
 
 

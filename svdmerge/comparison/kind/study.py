@@ -55,6 +55,9 @@ class Study:
     num_draws: int = 4
     """Noisings of each test image."""
     transfer_steps: int = 300
+    classifier_epochs: int = 6
+    mirrored: bool = True
+    """Whether mirrored images are of their class, as the classifier is told."""
     num_few: int = 100
     """Test images of each class where many losses are taken: of every gate, and along curves."""
 
