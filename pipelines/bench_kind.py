@@ -4,8 +4,8 @@
     python pipelines/bench_kind.py digits digits OUT [--seeds 0,1,2]
 
 TRAIN and TEST are tables of encoded 32 x 32 images and labels 0 to 9 (CIFAR-10's order), or both
-`digits`: scikit-learn's, 8 x 8. Models learn classes 0 to 6; 7 to 9 are novel. Everything is kept in OUT, so the same command resumes, and
-after the last seed prints all tables again from what is there. One thread.
+`digits`: scikit-learn's, 8 x 8. Models learn classes 0 to 6; 7 to 9 are novel. Everything is kept
+in OUT, so the same command resumes, and after the last seed prints all tables again. One thread.
 """
 
 import argparse
