@@ -4,22 +4,21 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from svdmerge.core.components import RankOneComponents
 from svdmerge.core.kind.blueprint import Blueprint, shaped
 from svdmerge.core.kind.gate import GateRows, gated
 from svdmerge.core.kind.layer import DecomposableLinear
-from svdmerge.core.kind.recombine import Recombination, assembled, recombine
+from svdmerge.core.kind.recombine import Chosen, Recombination, Stored, assembled, recombine
 from svdmerge.core.kind.replace import GATE, put
 from svdmerge.errors import RecipeError
 from svdmerge.kind.folder import Model, called, plain
 from svdmerge.kind.recipe import Budget
-from svdmerge.kind.split import blueprint_of
-from svdmerge.storage.decomposed import StoredModel
 
 ITEM_BYTES = 4  # everything in the store is float32
 NUM_RUNS = 15  # an odd number: the median is one of them
@@ -57,32 +56,68 @@ class RecombineResult:
         return asdict(self)
 
 
+class Parts(Protocol):
+    """A decomposed model by its parts, of which only what is asked for is read."""
+
+    blueprint: Blueprint
+
+    def layers(self) -> Mapping[str, Stored]:
+        """Every layer as selection sees it."""
+        ...
+
+    def components(self, path: str, indices: Sequence[int]) -> RankOneComponents:
+        """Components of a layer by ids, in their order."""
+        ...
+
+    def rest(self) -> dict[str, Tensor]:
+        """Every tensor that is no factor."""
+        ...
+
+
 def recombined(
-    stored: StoredModel, *, classes: Sequence[str], budget: Budget | None
+    parts: Parts, *, classes: Sequence[str], budget: Budget | None
 ) -> tuple[Blueprint, nn.Module, Recombination]:
     """The smaller model and its blueprint; only the components it takes are read.
 
     Raises:
         RecipeError: a class is unknown, or the budget is below the learngenes alone.
     """
-    blueprint, rest = blueprint_of(stored), stored.rest()
+    rest, blueprint = parts.rest(), parts.blueprint
+    bases = [f"{path}.base" for path in blueprint.based]
+    others = {name: value for name, value in rest.items() if name not in bases}
     chosen = recombine(
-        stored.layers(),
+        parts.layers(),
         gate=blueprint.gate,
         classes=classes,
-        budget=None if budget is None else layer_parameters(budget, rest),
+        budget=None if budget is None else layer_parameters(budget, others),
     )
-    model = shaped(plain(blueprint), blueprint)
+    model = _put_together(parts, chosen, rest=rest)
+    linear = [p for p in chosen.layers if isinstance(model.get_submodule(p), nn.Linear)]
+    return replace(blueprint.of(model), linear=tuple(linear)), model, chosen
+
+
+def whole(parts: Parts) -> nn.Module:
+    """The full gated model, from the same parts."""
+    rest, blueprint = parts.rest(), parts.blueprint
+    every = {
+        path: Chosen(indices=tuple(range(sum(sizes))), sizes=sizes, dense=False)
+        for path, sizes in blueprint.layers.items()
+    }
+    unchanged = Recombination(gate=blueprint.gate, layers=every, num_dropped=0)
+    return _put_together(parts, unchanged, rest=rest)
+
+
+def _put_together(parts: Parts, chosen: Recombination, *, rest: Mapping[str, Tensor]) -> nn.Module:
+    model = shaped(plain(parts.blueprint), parts.blueprint)
     for path, choice in chosen.layers.items():
-        components = stored.components(path, choice.indices)
+        components = parts.components(path, choice.indices)
         bias, base = rest.get(f"{path}.bias"), rest.get(f"{path}.base")
         put(model, path, assembled(choice, components, bias=bias, base=base))
     model.add_module(GATE, GateRows(chosen.gate))
-    bases = {f"{path}.base" for path in blueprint.based}  # merged with what is always on
-    model.load_state_dict(model.state_dict() | {k: v for k, v in rest.items() if k not in bases})
-    model.eval()
-    linear = [p for p in chosen.layers if isinstance(model.get_submodule(p), nn.Linear)]
-    return replace(blueprint.of(model), linear=tuple(linear)), model, chosen
+    bases = {f"{path}.base" for path in parts.blueprint.based}  # these are in their layers
+    state = {name: value for name, value in rest.items() if name not in bases}
+    model.load_state_dict(model.state_dict() | state)
+    return model.eval()
 
 
 def layer_parameters(budget: Budget, rest: Mapping[str, Tensor]) -> int:

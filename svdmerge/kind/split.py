@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from svdmerge.core.components import RankOneComponents
-from svdmerge.core.kind.blueprint import Blueprint
 from svdmerge.kind.folder import Model
 from svdmerge.storage.decomposed import Layer, Place, StoredModel, put_decomposed
 from svdmerge.storage.filesystem import Folder
@@ -63,8 +62,3 @@ def stored(store: Folder, model: Model) -> StoredModel:
     """A model as it lies in the store, put there now if it is not yet."""
     split(store, model)  # what is committed stays, and what was lost heals
     return StoredModel.load(store, place_of(model))
-
-
-def blueprint_of(model: StoredModel) -> Blueprint:
-    """The blueprint in its commit."""
-    return Blueprint.from_json(model.about)

@@ -16,7 +16,6 @@ from svdmerge.core.kind.replace import Spec, decomposable
 from svdmerge.errors import RecipeError
 from svdmerge.kind.folder import Model, as_example, check_free, plain, write
 from svdmerge.kind.recipe import Training, Transfer
-from svdmerge.kind.split import blueprint_of
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint, open_checkpoint
 from svdmerge.storage.decomposed import Place, StoredModel
@@ -47,7 +46,7 @@ class Learngenes:
         No tailor is read.
         """
         stored = StoredModel.load(self.store, self.place)
-        sizes = {path: own[0] for path, own in blueprint_of(stored).layers.items()}
+        sizes = {path: own[0] for path, own in stored.blueprint.layers.items()}
         state = stored.rest()
         for path, count in sizes.items():
             c = stored.components(path, range(count))

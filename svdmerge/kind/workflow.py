@@ -1,7 +1,9 @@
 """The work of each `svdmerge kind` command: configuration in, result out."""
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
+
+from torch import Tensor
 
 from svdmerge.engine.runtime import open_runtime
 from svdmerge.errors import RecipeError
@@ -9,8 +11,8 @@ from svdmerge.kind import folder
 from svdmerge.kind import recombine as recombining
 from svdmerge.kind import split as splitting
 from svdmerge.kind import train as training
-from svdmerge.kind.recipe import KindRecipe, Training
-from svdmerge.kind.recombine import RecombineResult
+from svdmerge.kind.recipe import KindRecipe, Recombine, Training
+from svdmerge.kind.recombine import Parts, RecombineResult
 from svdmerge.kind.split import SplitResult
 from svdmerge.kind.train import Learngenes, TrainResult
 from svdmerge.progress import SILENT, Progress
@@ -50,26 +52,39 @@ def recombine(recipe: KindRecipe) -> RecombineResult:
     out = Folder.at(wanted.out)
     folder.check_free(out)
     if recipe.library is not None:
-        from svdmerge.kind.library import recombine_library
+        from svdmerge.kind.library import example_inputs, library_parts
 
-        return recombine_library(recipe.library, wanted=wanted, out=out)
+        parts = library_parts(recipe.library, chosen=wanted.classes, together=wanted.together)
+        example = folder.as_example(example_inputs(parts.blueprint.config["config"]))
+        return _recombined(parts, parts.classes, wanted=wanted, example=example, out=out)
     model = folder.read(Folder.at(recipe.model))
     stored = splitting.stored(Folder.at(recipe.store), model)
-    blueprint, small, chosen = recombining.recombined(
-        stored, classes=wanted.classes, budget=wanted.budget
+    return _recombined(stored, wanted.classes, wanted=wanted, example=model.example, out=out)
+
+
+def _recombined(
+    parts: Parts,
+    classes: Sequence[str],
+    *,
+    wanted: Recombine,
+    example: Mapping[str, Tensor],
+    out: Folder,
+) -> RecombineResult:
+    blueprint, small, chosen = recombining.recombined(parts, classes=classes, budget=wanted.budget)
+    names = chosen.gate.classes
+    full, own, difference = recombining.compared(
+        recombining.whole(parts), small, example=example, classes=names
     )
-    full = folder.load(model)
-    costs = recombining.compared(full, small, example=model.example, classes=chosen.gate.classes)
     result = RecombineResult(
         out=out.uri,
-        classes=chosen.gate.classes,
+        classes=names,
         gated=recombining.is_gated(small),
-        full=costs[0],
-        recombined=costs[1],
+        full=full,
+        recombined=own,
         tailors_dropped=chosen.num_dropped,
-        max_difference=costs[2],
+        max_difference=difference,
     )
-    at_rest = folder.Model(blueprint=blueprint, state=small.state_dict(), example=model.example)
+    at_rest = folder.Model(blueprint=blueprint, state=small.state_dict(), example=example)
     folder.write(out, at_rest, result=result.to_json())
     return result
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents, flat
+from svdmerge.core.kind.blueprint import Blueprint
 from svdmerge.core.kind.recombine import Stored, salience
 from svdmerge.errors import StoreError
 from svdmerge.storage import layout
@@ -138,6 +139,7 @@ class StoredModel:
 
     def __init__(self, committed: Committed, about: Mapping[str, Any]) -> None:
         self._committed, self.about = committed, about
+        self.blueprint = Blueprint.from_json(about)
 
     @staticmethod
     def load(store: Folder, place: Place) -> "StoredModel":

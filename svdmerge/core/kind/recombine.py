@@ -164,7 +164,8 @@ def assembled(
     """The new layer, of its components in the order of the ids: a plain linear layer where all of
     it is dense. `base` is the dense part that the layer had before."""
     if not chosen.dense:
-        return DecomposableLinear(components, group=groups_of(chosen.sizes), bias=bias)
+        group = groups_of(chosen.sizes)
+        return DecomposableLinear(components, group=group, bias=bias, base=base)
     num_always = chosen.sizes[0]
     # In float64: hundreds of terms that cancel would leave float32 rounding in every output.
     always = components.slice(0, num_always).to(torch.float64).dense()

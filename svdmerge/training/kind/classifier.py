@@ -21,6 +21,7 @@ from svdmerge.training.data import Examples
 from svdmerge.training.features import BATCH, to_device
 
 BUILDER = "svdmerge.training.kind.classifier:build_classifier"
+EXTRACTOR = "svdmerge.training.kind.classifier:build_extractor"
 
 
 class Classifier(nn.Module):
@@ -53,6 +54,26 @@ def build_classifier(config: dict[str, Any]) -> nn.Module:
         features=config["features"],
         labels=config["labels"],
     )
+
+
+class Extractor(nn.Module):
+    """Features (b, d) of a backbone."""
+
+    def __init__(self, backbone: nn.Module, *, pooled: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._pooled = pooled
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Features (b, d)."""
+        reader = Backbone(module=self.backbone, names={}, unused=(), pooled=self._pooled)
+        return reader.features(inputs)
+
+
+def build_extractor(config: dict[str, Any]) -> nn.Module:
+    """What `backbone` builds from `config`, giving features."""
+    backbone = build_module(config["backbone"], config["config"], origin=EXTRACTOR)
+    return Extractor(backbone.float(), pooled=not config["backbone"].startswith("transformers:"))
 
 
 class Classification:
