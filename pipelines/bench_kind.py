@@ -80,12 +80,29 @@ def drawn(study: Study, seeds: list[int]) -> None:
         ],
     }
     show("Samples", quality_table(found))
-    whole = study.gated(seeds[0])
+    for width in (study.width, 4 * study.width):
+        # The split in proportion to the width, as for every model here.
+        times = width // study.width
+        sampled(
+            replace(
+                study, width=width, num_learngenes=study.num_learngenes * times,
+                num_tailors=study.num_tailors * times,
+            )
+        )  # fmt: skip
+
+
+def sampled(study: Study) -> None:
+    """What sampling costs; nothing is trained for it."""
+    spec = study.spec(study.old, seed=0)
+    whole = study.objective(study.old, spec=spec, seed=0).model()
     smaller = recombined(whole, [study.names[c] for c in study.pairs[0]])
     full_s, less_s = sampling_seconds(
         (whole, smaller), shape=(study.channels, study.size, study.size)
     )
-    print(f"\nSampling: full {full_s:.3f} s, recombined {less_s:.3f} s ({full_s / less_s:.2f}x).")
+    print(
+        f"\nSampling, width {study.width}: full {full_s:.3f} s, recombined {less_s:.3f} s "
+        f"({full_s / less_s:.2f}x)."
+    )
 
 
 def show(title: str, lines: Iterable[str]) -> None:

@@ -93,14 +93,20 @@ def demo(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train, split, recombine and transfer on handwritten digits."""
+    """Train, split, recombine and transfer on handwritten digits: first to read, then to draw."""
 
     def work() -> None:
         from svdmerge.kind.demo import run_demo
-        from svdmerge.kind.tables import demo_tables
+        from svdmerge.kind.drawing_demo import run_drawing_demo
+        from svdmerge.kind.tables import demo_tables, drawing_tables
 
         found = run_demo(out, address=address, progress=progress())
-        show(as_json, found.to_json, lambda: demo_tables(found))
+        drawn = run_drawing_demo(out / "drawing", address=address, progress=progress())
+        show(
+            as_json,
+            lambda: {**found.to_json(), "drawing": drawn.to_json()},
+            lambda: [*demo_tables(found), *drawing_tables(drawn)],
+        )
 
     guard(work, verbose=verbose)
 

@@ -17,6 +17,7 @@ from svdmerge.core.dit import DiTConfig
 from svdmerge.core.kind.gate import disjoint
 from svdmerge.core.kind.replace import Spec
 from svdmerge.demo_models import SIDE
+from svdmerge.engine.runtime import open_runtime
 from svdmerge.kind.diffusion import train_diffusion
 from svdmerge.kind.digits import write_digits
 from svdmerge.kind.folder import Model, load, read
@@ -53,6 +54,7 @@ class DrawingSettings:
     num_learngenes: int = 18
     tailors_each: int = 2
     sample_steps: int = 25
+    classifier_epochs: int = 12
     seed: int = 0
 
     def network(self, num_classes: int) -> DiTConfig:
@@ -108,8 +110,13 @@ def run_drawing_demo(
         ResourceError: scikit-learn is missing.
         SvdmergeError: whatever training or the store meets.
     """
-    demo = _Work(Folder.at(out), settings or DrawingSettings(), progress, address != "none")
     start = time.monotonic()
+    with open_runtime(address):
+        demo = _Work(Folder.at(out), settings or DrawingSettings(), progress, address != "none")
+        return _demonstrated(demo, start=start)
+
+
+def _demonstrated(demo: "_Work", *, start: float) -> DrawingResult:
     full = demo.trained(OLD, name="model", steps=demo.settings.steps)
     kept = stored(demo.store, full)
     names = [str(c) for c in KEPT]
@@ -149,9 +156,8 @@ class _Work:
         self._train, self._test = (
             read_labelled_images(place, channels=1, size=SIDE) for place in self._places
         )
-        self._classifier = train_classifier(
-            self._train, num_classes=10, training=ClassifierTraining(epochs=12, mirrored=False)
-        )
+        training = ClassifierTraining(epochs=settings.classifier_epochs, mirrored=False)
+        self._classifier = train_classifier(self._train, num_classes=10, training=training)
         self.right_on_tests = accuracy(
             self._classifier, self._test.scaled(), labels=self._test.labels
         )
