@@ -41,6 +41,11 @@ FLAGS = {
     "verify": ["--json", "--verbose", "-v", "OUT"],
     "store ls": ["--json", "--verbose", "-v", "STORE"],
     "store verify": ["--json", "--verbose", "-v", "STORE"],
+    "kind train": ["--address", "--json", "--verbose", "-v", "CONFIG"],
+    "kind split": ["--address", "--json", "--verbose", "-v", "CONFIG"],
+    "kind recombine": ["--json", "--verbose", "-v", "CONFIG"],
+    "kind transfer": ["--address", "--json", "--verbose", "-v", "CONFIG"],
+    "kind demo": ["--address", "--json", "--out", "--verbose", "-v"],
     "store gc": ["--json", "--older-than-hours", "--verbose", "-v", "STORE"],
 }
 

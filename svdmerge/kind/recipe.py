@@ -2,9 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from svdmerge.recipe import Section, Share, load_mapping, parse_section
 
@@ -17,6 +24,19 @@ def parse_count(value: object) -> object:
     return value
 
 
+def check_groups(value: object, *, place: str = "") -> object:
+    """The value, if it is a hierarchy: mappings by name, and lists of labels below them."""
+    if isinstance(value, dict):
+        for name, below in cast(dict[object, object], value).items():
+            check_groups(below, place=f"{place}/{name}")
+    elif not isinstance(value, list) or not all(
+        isinstance(label, int | str) for label in cast(list[object], value)
+    ):
+        raise ValueError(f"{place}: got {value!r}; expected a list of labels, or groups below it")
+    return cast(object, value)
+
+
+Groups = Annotated[dict[str, Any], AfterValidator(check_groups), Field(min_length=1)]
 Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
 
 
@@ -41,7 +61,7 @@ class Training(Section):
     """Components that every class uses: a share of each layer's rank, or a count."""
     tailors: Share = 0.5
     """Components of all tailor groups together, split evenly."""
-    groups: dict[str, Any] = Field(min_length=1)
+    groups: Groups
     """Tailor group -> its labels, or -> further groups: a hierarchy. A label may be in several."""
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 32

@@ -187,7 +187,7 @@ def gate_of_labels(groups: dict[str, Any], *, names: tuple[str, ...] = ()) -> Cl
     """
     found = from_hierarchy(groups)
     pairs = zip(found.classes, found.uses, strict=True)
-    uses = {str(label): [found.groups[g] for g in own] for label, own in pairs}
+    uses = {label: [found.groups[g] for g in own] for label, own in pairs}
     if names:
         order = list(names)
     elif all(label.isdigit() for label in uses):

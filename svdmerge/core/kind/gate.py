@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from svdmerge.errors import RecipeError, TrainingError
 
-Hierarchy = Mapping[str, "Hierarchy"] | Sequence[str]
+Hierarchy = Mapping[str, "Hierarchy"] | Sequence[str | int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +120,7 @@ def _descend(node: Hierarchy, *, path: list[str], uses: dict[str, list[str]]) ->
             _descend(below, path=[*path, name], uses=uses)
         return
     for name in node:
-        uses.setdefault(name, []).extend("/".join(path[: i + 1]) for i in range(len(path)))
+        uses.setdefault(str(name), []).extend("/".join(path[: i + 1]) for i in range(len(path)))
 
 
 class GateRows(nn.Module):

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-from core.kind.cases import GATE, batch, gated_transformer
+from kind_cases import GATE, Transformer, batch, gated_transformer
 from torch import nn
 
-from svdmerge.core.kind.gate import gated
+from svdmerge.core.kind.gate import gate_of, gated
 from svdmerge.core.kind.optimizer import GatedAdamW
 from svdmerge.core.kind.replace import Spec, decomposable
 from svdmerge.errors import RecipeError, TrainingError
@@ -94,10 +94,6 @@ def test_a_class_is_the_dense_model_of_its_own_components():
 def test_from_a_trained_model_all_groups_together_are_that_model():
     torch.manual_seed(0)
     everything = {"all": ["one", "two", "three"], "a": ["one"]}
-    from core.kind.cases import Transformer
-
-    from svdmerge.core.kind.gate import gate_of
-
     model = Transformer()
     expected = model(batch(3))
     decomposable(model, Spec(gate=gate_of(everything), start="svd"))
@@ -106,8 +102,6 @@ def test_from_a_trained_model_all_groups_together_are_that_model():
 
 
 def test_a_random_start_has_the_scale_of_a_dense_layers():
-    from core.kind.cases import Transformer
-
     model = Transformer(192)
     expected = model.blocks[0].mlp.fc1.weight.std()
     layers = decomposable(model, Spec(gate=GATE))

@@ -1,41 +1,13 @@
-from collections.abc import Sequence
-
 import pytest
 import torch
-import torch.nn.functional as F
-from core.kind.cases import GATE, batch, gated_transformer
-from torch import Tensor, nn
+from kind_cases import Toy
 
-from svdmerge.core.kind.gate import gated
 from svdmerge.errors import TrainingError
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.checkpointing import FolderCheckpoints
 from svdmerge.training.kind.loop import KindLoop, train_kind
 from svdmerge.training.kind.objective import Settings
 from svdmerge.training.loop import Group
-
-
-class Toy:
-    """Twelve inputs of three classes; each class's outputs go to another constant."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        self.x, self.classes = batch(12) * scale, torch.arange(12) % len(GATE.classes)
-
-    num_examples = 12
-
-    def model(self) -> nn.Module:
-        return gated_transformer()[0]
-
-    def losses(self, model: nn.Module, rows: Sequence[int], *, step: int) -> Tensor:
-        del step
-        classes = self.classes[list(rows)]
-        with gated(model, classes):
-            out = model(self.x[list(rows)])
-        return F.mse_loss(out, classes[:, None].expand_as(out).float(), reduction="none").mean(1)
-
-    def measure(self, model: nn.Module, *, step: int) -> dict[str, float]:
-        return {"mean": float(self.losses(model, range(12), step=step).mean())}
-
 
 SETTINGS = Settings(steps=20, batch_size=5, learning_rate=0.01, ema=0.5, measure_every=10)
 CPU = torch.device("cpu")

@@ -1,10 +1,12 @@
-"""A small transformer, made decomposable, and batches for it."""
+"""A small transformer, made decomposable, batches for it, and an objective."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svdmerge.core.kind.gate import ClassGate, gate_of
+from svdmerge.core.kind.gate import ClassGate, gate_of, gated
 from svdmerge.core.kind.layer import DecomposableLinear
 from svdmerge.core.kind.replace import Spec, decomposable
 
@@ -64,3 +66,25 @@ def gated_transformer(
 
 def batch(size: int, seed: int = 1) -> Tensor:
     return torch.randn(size, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+class Toy:
+    """Twelve inputs of three classes; each class's outputs go to another constant."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.x, self.classes = batch(12) * scale, torch.arange(12) % len(GATE.classes)
+
+    num_examples = 12
+
+    def model(self) -> nn.Module:
+        return gated_transformer()[0]
+
+    def losses(self, model: nn.Module, rows: Sequence[int], *, step: int) -> Tensor:
+        del step
+        classes = self.classes[list(rows)]
+        with gated(model, classes):
+            out = model(self.x[list(rows)])
+        return F.mse_loss(out, classes[:, None].expand_as(out).float(), reduction="none").mean(1)
+
+    def measure(self, model: nn.Module, *, step: int) -> dict[str, float]:
+        return {"mean": float(self.losses(model, range(12), step=step).mean())}
