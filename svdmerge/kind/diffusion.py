@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from svdmerge.core.dit import DiT
+from svdmerge.core.dit import DiT, DiTConfig
 from svdmerge.core.kind.blueprint import Blueprint
-from svdmerge.core.kind.gate import gate_rows
+from svdmerge.core.kind.gate import ClassGate, disjoint, from_hierarchy, gate_of, gate_rows
+from svdmerge.core.kind.replace import Spec
 from svdmerge.errors import RecipeError
 from svdmerge.kind.folder import Model, as_example, check_free, write
+from svdmerge.kind.recipe import Drawing
 from svdmerge.kind.train import Learngenes, put_state
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.kind.diffusion import Diffusion, unread
@@ -95,6 +97,47 @@ def train_diffusion(
     )
     write(out, _at_rest(model.eval(), diffusion), result=result.to_json())
     return result
+
+
+def diffusion_of(config: Drawing) -> Diffusion:
+    """The objective of a `draw` section.
+
+    Raises:
+        RecipeError: a class is in no group, or a group names one that is not learnt.
+        TrainingError: the sizes do not fit each other.
+    """
+    names = tuple(config.classes)
+    return Diffusion(
+        network=DiTConfig(
+            image_size=config.image_size, channels=config.channels, patch=config.patch,
+            width=config.width, depth=config.depth, heads=config.heads, num_classes=len(names),
+        ),
+        train=config.train,
+        test=config.test,
+        classes=tuple(config.classes.values()),
+        spec=Spec(
+            gate=_gate(config.groups, names=names),
+            num_learngenes=config.learngenes,
+            num_tailors=config.tailors,
+            seed=config.seed,
+        ),
+        seed=config.seed,
+        pictures=config.pictures,
+    )  # fmt: skip
+
+
+def _gate(groups: dict[str, Any] | None, *, names: tuple[str, ...]) -> ClassGate:
+    if groups is None:
+        return disjoint(names)
+    found = from_hierarchy(groups)
+    if odd := sorted(set(found.classes) ^ set(names)):
+        raise RecipeError(
+            f"groups: {odd[0]!r} is in `groups` or in `classes`, but not in both",
+            "Every class that is learnt has its tailors.",
+            "Put it in both, or in neither.",
+        )
+    uses = {name: [found.groups[g] for g in found.uses[found.index(name)]] for name in names}
+    return gate_of(uses, groups=found.groups)
 
 
 def _carried_over(learngenes: Learngenes, model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from svdmerge.tables import table
 
 if TYPE_CHECKING:
     from svdmerge.kind.demo import DemoResult
+    from svdmerge.kind.diffusion import DiffusionResult
     from svdmerge.kind.drawing_demo import DrawingResult
     from svdmerge.kind.recombine import Cost, RecombineResult
     from svdmerge.kind.split import SplitResult
@@ -24,6 +25,24 @@ def train_tables(found: "TrainResult") -> list[Any]:
         ("test loss", f"{found.test_loss:.4f}"),
     ]
     return [table("Trained", columns=("", ""), rows=rows), *found.notes, f"done: {found.out}"]
+
+
+def draw_tables(found: "DiffusionResult") -> list[Any]:
+    """What training to draw came to."""
+    rows = [
+        ("parameters", f"{found.num_parameters:,}"),
+        ("trained", f"{found.num_trained:,}"),
+        ("steps", f"{found.steps:,}"),
+        ("seconds", f"{found.seconds:.1f}"),
+        *((name.replace("_", " "), f"{value:.4f}") for name, value in _last(found.curve).items()),
+    ]
+    return [table("Trained to draw", columns=("", ""), rows=rows), f"done: {found.out}"]
+
+
+def _last(curve: list[dict[str, float]]) -> dict[str, float]:
+    """The last of each measurement along a curve."""
+    found = {name: value for point in curve for name, value in point.items()}
+    return {name: value for name, value in found.items() if name != "step"}
 
 
 def split_tables(found: "SplitResult") -> list[Any]:
