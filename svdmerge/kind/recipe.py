@@ -67,7 +67,7 @@ class Training(Pace):
     task: Literal["text", "image", "tensor"] = "text"
     """What is classified; the superclass of each example has to be known at inference too."""
     base_model: str = Field(min_length=1)
-    """The architecture, and with `start: svd` the weights: a folder or fsspec URI."""
+    """The architecture, and the weights of all that is no projection: a folder or fsspec URI."""
     backbone: str = "transformers:AutoModel"
     """A transformers class, or `package.module:callable` that builds a backbone from its config."""
     train: str = Field(min_length=1)
@@ -77,7 +77,7 @@ class Training(Pace):
     per_class: PositiveInt | None = None
     max_length: PositiveInt = 128
     start: Literal["random", "svd"] = "random"
-    """Where factors start: at random (all else then as built), or the SVD of the base's weights."""
+    """Where factors start: at random, or the SVD of the base's projections."""
     groups: Groups
     """Tailor group -> its labels, or -> further groups: a hierarchy. A label may be in several."""
 

@@ -100,7 +100,7 @@ def train(
     opener = partial(open_classification, config, learngenes=learngenes)
     objective = opened(config, base=base, target=target, learngenes=learngenes)
     model = objective.model()
-    frozen = isinstance(config, Transfer) and config.freeze == "carried"
+    frozen = learngenes is not None and _freezes(config)
     num_trained = num_trainable(model, frozen_learngenes=frozen)
     state = fit_kind(
         opener,
@@ -134,6 +134,10 @@ def train(
     return result
 
 
+def _freezes(config: Training) -> bool:
+    return isinstance(config, Transfer) and config.freeze == "carried"
+
+
 def put_state(model: nn.Module, state: State) -> None:
     """The trained values put into a model like the one that was trained: averaged ones, if any."""
     model.load_state_dict(state["model"])
@@ -160,9 +164,7 @@ def opened(
     """
     gate = gate_of_labels(config.groups, names=target.classes)
     check_labels(gate, train=target.train.labels, test=target.test.labels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = _classifier(config, base=base, target=target, gate=gate)
+    model = classifier(config, base=base, target=target, gate=gate)
     spec = Spec(
         gate=gate,
         num_learngenes=config.learngenes,
@@ -174,7 +176,7 @@ def opened(
     if learngenes is not None:
         state, sizes = learngenes.state()
         carried = carry(model, state=state, learngenes=sizes)
-        if isinstance(config, Transfer) and config.freeze == "carried":
+        if _freezes(config):
             freeze(model, carried=carried)
     return Classification(model, train=target.train, test=target.test)
 
@@ -218,15 +220,14 @@ def data_config(config: Training) -> TuneConfig:
     return TuneConfig(model=config.backbone, **{name: getattr(config, name) for name in shared})
 
 
-def _classifier(
-    config: Training, *, base: Checkpoint, target: Target, gate: ClassGate
-) -> nn.Module:
-    """The undecomposed classifier: weights the base's where factors start from them."""
+def classifier(config: Training, *, base: Checkpoint, target: Target, gate: ClassGate) -> nn.Module:
+    """The undecomposed classifier, its backbone the base's weights, its head new."""
     backbone = build_backbone(data_config(config), base=base)
-    if config.start == "svd":
-        load_weights(backbone, checkpoint=base, base=base)
+    load_weights(backbone, checkpoint=base, base=base)
     width = _width(backbone, target)
-    model = plain(_blueprint(config, base=base, width=width, gate=gate))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = plain(_blueprint(config, base=base, width=width, gate=gate))
     model.get_submodule("backbone").load_state_dict(backbone.module.state_dict())
     return model
 

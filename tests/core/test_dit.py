@@ -111,3 +111,16 @@ def test_its_projections_are_found_by_name_and_modulation_stays_dense() -> None:
 def test_sizes_that_do_not_fit_are_an_error(changes: dict[str, int], told: str) -> None:
     with pytest.raises(TrainingError, match=told):
         config(**changes)
+
+
+def test_a_random_start_has_the_scale_of_the_projections_it_replaces() -> None:
+    model = DiT(config(width=64, heads=2))
+    wanted = model.blocks[0].mlp.up.weight.square().mean().item()
+    spec = Spec(gate=disjoint(["a", "b", "c"]), num_learngenes=20, num_tailors=30)
+    layers = decomposable(model, spec)
+    found: list[float] = []
+    for group in (1, 2, 3):
+        layer = layers["blocks.0.mlp.up"]
+        own = (layer.group == 0) | (layer.group == group)
+        found.append(float(((layer.u * layer.s * own) @ layer.vh).square().mean()))
+    assert sum(found) / 3 == pytest.approx(wanted, rel=0.15)

@@ -175,7 +175,14 @@ def _random(linear: nn.Linear, *, path: str, num: int, groups: int, seed: int) -
     generator = torch.Generator().manual_seed(seed_of(path, m=m, n=n, block=1) ^ seed)
     # At the scale of a model of learngenes and tailors alike, of which these are the new part.
     active = float(num * (1 + groups))
-    return at_random(m, n, num_components=num * groups, num_active=active, generator=generator)
+    return at_random(
+        m,
+        n,
+        num_components=num * groups,
+        num_active=active,
+        variance=2.0 / (m + n),  # Xavier's, from which dense models started too
+        generator=generator,
+    )
 
 
 def _tailors(model: nn.Module) -> Iterator[Tensor]:
