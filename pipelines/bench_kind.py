@@ -18,8 +18,9 @@ from svdmerge.comparison.kind.entrants import entrants
 from svdmerge.comparison.kind.likeness import likeness
 from svdmerge.comparison.kind.pairs import pair_losses, recombined, sampling_seconds
 from svdmerge.comparison.kind.plots import draw_curves, draw_matrices
-from svdmerge.comparison.kind.quality import classifier, quality, real_quality
+from svdmerge.comparison.kind.quality import classifier, nearest_old, quality, real_quality
 from svdmerge.comparison.kind.report import (
+    distance_table,
     diversion_table,
     likeness_table,
     matrix_table,
@@ -63,6 +64,13 @@ def carried(study: Study, seeds: list[int]) -> None:
         for entrant in entrants()
     }  # fmt: skip
     show("Novel classes", transfer_table(results, first=entrants()[0].name))
+    show(
+        "Novel classes by distance, first entrant minus the others, end",
+        distance_table(
+            results, first=entrants()[0].name, names=[study.names[c] for c in study.novel],
+            nearest=nearest_old(study),
+        ),
+    )  # fmt: skip
     draw_curves(results, study.out / "kind-transfer.png")
 
 

@@ -112,8 +112,8 @@ def diffusion_of(config: Drawing) -> Diffusion:
             image_size=config.image_size, channels=config.channels, patch=config.patch,
             width=config.width, depth=config.depth, heads=config.heads, num_classes=len(names),
         ),
-        train=config.train,
-        test=config.test,
+        train=_absolute(config.train),
+        test=_absolute(config.test),
         classes=tuple(config.classes.values()),
         spec=Spec(
             gate=_gate(config.groups, names=names),
@@ -122,8 +122,13 @@ def diffusion_of(config: Drawing) -> Diffusion:
             seed=config.seed,
         ),
         seed=config.seed,
-        pictures=config.pictures,
+        pictures=_absolute(config.pictures),
     )  # fmt: skip
+
+
+def _absolute(place: str) -> str:
+    """A path or URI as every process understands it: workers have another working directory."""
+    return Folder.at(place).uri if place else ""
 
 
 def _gate(groups: dict[str, Any] | None, *, names: tuple[str, ...]) -> ClassGate:

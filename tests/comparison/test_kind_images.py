@@ -19,8 +19,9 @@ from svdmerge.comparison.kind.entrants import entrants, kind, lora
 from svdmerge.comparison.kind.likeness import likeness
 from svdmerge.comparison.kind.pairs import pair_losses, recombined, width_of
 from svdmerge.comparison.kind.plots import draw_curves, draw_matrices
-from svdmerge.comparison.kind.quality import quality, real_quality
+from svdmerge.comparison.kind.quality import nearest_old, quality, real_quality
 from svdmerge.comparison.kind.report import (
+    distance_table,
     diversion_table,
     likeness_table,
     matrix_table,
@@ -142,6 +143,9 @@ def test_all_tables_and_figures_come_from_what_is_kept(study: Study, tmp_path: P
         *matrix_table(found[0], names),
         *pair_table([pair_losses(study, 0)]),
         *transfer_table(results, first="learngenes + tailors"),
+        *distance_table(
+            results, first="learngenes + tailors", names=["h", "i", "j"], nearest=nearest_old(study)
+        ),
         *quality_table({"gated": [judged]}),
         *likeness_table(likeness(study)),
     ]

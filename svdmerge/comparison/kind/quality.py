@@ -105,3 +105,22 @@ def _judged(study: Study, made: Tensor, *, labels: Tensor, real: LabelledImages)
         recall=shares.recall,
         accuracy=accuracy(model, made, labels=labels),
     )
+
+
+def nearest_old(study: Study) -> list[tuple[str, float]]:
+    """Of each novel class the old class nearest to it, and the Frechet distance to that."""
+    model, _ = classifier(study)
+    features = {
+        c: features_of(model, study.seen.of_classes((c,)).scaled())
+        for c in (*study.old, *study.novel)
+    }
+    return [
+        min(
+            (
+                (study.names[old], frechet_distance(features[old], features[new]))
+                for old in study.old
+            ),
+            key=lambda pair: pair[1],
+        )
+        for new in study.novel
+    ]

@@ -119,6 +119,36 @@ def transfer_table(
         )  # fmt: skip
 
 
+def distance_table(
+    results: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    *,
+    first: str,
+    names: Sequence[str],
+    nearest: Sequence[tuple[str, float]],
+) -> Iterator[str]:
+    """By novel class: how far the old classes are, and the first entrant's final loss minus each
+    other's."""
+    others = [name for name in results if name != first]
+    yield _row("novel class", "nearest old", "Frechet distance", *others)
+    yield "|" + "---|" * (len(others) + 3)
+    for label, (name, (near, distance)) in enumerate(zip(names, nearest, strict=True)):
+        gaps = [
+            over_seeds(
+                [
+                    relative(_final(a, label), _final(b, label))
+                    for a, b in zip(results[first], results[other], strict=False)
+                ]
+            )
+            for other in others
+        ]
+        yield _row(name, near, f"{distance:.2f}", *(gap.percent() for gap in gaps))
+
+
+def _final(result: Mapping[str, Tensor], label: int) -> Tensor:
+    """Losses of a class's images at the end."""
+    return result["losses"][-1][result["labels"] == label]
+
+
 def quality_table(found: Mapping[str, Sequence[Quality]]) -> Iterator[str]:
     """Distances in the classifier's feature space, and what it takes samples for."""
     yield "| images | kernel distance | Frechet distance | precision | recall | as meant |"
