@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from svdmerge.comparison.kind.diversion import matrices, old_losses
+from svdmerge.comparison.kind.diversion import matrices, old_losses, random_losses
 from svdmerge.comparison.kind.entrants import entrants
 from svdmerge.comparison.kind.likeness import likeness
 from svdmerge.comparison.kind.pairs import pair_losses, recombined, sampling_seconds
@@ -39,16 +39,22 @@ CIFAR_10 = (
 DIGITS = tuple("0123456789")
 
 
-def diverted(study: Study, seeds: list[int]) -> None:
-    """Pre-trained losses, loss matrices and recombined pairs."""
-    names = [study.names[c] for c in study.old]
+def sized(study: Study, seeds: list[int]) -> None:
+    """The whole and the recombined model beside dense ones of their sizes."""
     old = [old_losses(study, seed) for seed in seeds]
     show("Pre-trained, seven classes", pretrained_table(old))
+    show("Recombined for two classes", pair_table([pair_losses(study, seed) for seed in seeds]))
+
+
+def diverted(study: Study, seeds: list[int]) -> None:
+    """Loss matrices, beside those of both controls."""
+    names = [study.names[c] for c in study.old]
+    random = [random_losses(study, seed) for seed in seeds]
+    show("Beside a random gate", pretrained_table(random))
     found = [matrices(study, seed) for seed in seeds]
     show("Diversion", diversion_table(found))
     show("Loss by class and tailors, % above the diagonal, seed 0", matrix_table(found[0], names))
     draw_matrices(found, names, study.out / "kind-matrices.png")
-    show("Recombined for two classes", pair_table([pair_losses(study, seed) for seed in seeds]))
 
 
 def carried(study: Study, seeds: list[int]) -> None:
@@ -133,7 +139,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--learngenes", type=int, default=21)
     parser.add_argument("--tailors", type=int, default=21)
-    parser.add_argument("--parts", default="diversion,transfer,samples,likeness")
+    parser.add_argument("--parts", default="sizes,diversion,transfer,samples,likeness")
     args = parser.parse_args()
     study = Study(
         train=args.train, test=args.test, out=args.out, names=CIFAR_10, width=args.width,
@@ -151,6 +157,8 @@ def main() -> None:
     one_thread()
     # Seed by seed, so that what is there early is whole.
     for so_far in (seeds[: i + 1] for i in range(len(seeds))):
+        if "sizes" in parts:
+            sized(study, so_far)
         if "diversion" in parts:
             diverted(study, so_far)
         if "transfer" in parts:

@@ -12,7 +12,7 @@ from svdmerge.comparison.kind.diversion import (
     diversion,
     gate_losses,
     matrices,
-    old_losses,
+    random_losses,
     split_by_svd,
 )
 from svdmerge.comparison.kind.entrants import entrants, kind, lora
@@ -131,7 +131,7 @@ def test_all_tables_and_figures_come_from_what_is_kept(study: Study, tmp_path: P
     assert all(list(r[0]["steps"]) == list(range(7)) for r in results.values())
     for r in results.values():
         assert r[0]["losses"].shape == (7, len(study.few(study.novel)))
-    old, found = [old_losses(study, 0)], [matrices(study, 0)]
+    old, found = [random_losses(study, 0)], [matrices(study, 0)]
     assert set(found[0]) == {*CONTROLS, "labels"}
     names = [study.names[c] for c in study.old]
     judged = quality(study, "gated-0", study.gated(0), classes=study.old, seed=0)

@@ -85,3 +85,13 @@ def test_what_does_not_fit_is_told_before_training() -> None:
         diffusion_of(config(patch=3))
     with pytest.raises(RecipeError, match="4 learngenes and 13 tailors"):
         diffusion_of(config(tailors=13)).model()
+
+
+def test_places_mean_the_same_in_workers_whose_working_directory_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = diffusion_of(config(pictures="drawn"))
+    assert found.train == f"{tmp_path.resolve()}/t.parquet"
+    assert found.pictures == f"{tmp_path.resolve()}/drawn"
+    assert found.test == ""

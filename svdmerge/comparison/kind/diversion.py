@@ -84,24 +84,33 @@ def matrices(study: Study, seed: int) -> dict[str, Tensor]:
 
 
 def old_losses(study: Study, seed: int) -> dict[str, Tensor]:
-    """Losses of the old test images: gated, dense of equal parameters, and the random gate."""
+    """Losses of the old test images: by the gated model and by the dense one of its parameters."""
 
     def work() -> dict[str, Tensor]:
         images = study.tested.of_classes(study.old)
-        # The random gate's model never learnt to go by classes: it is given none of its choice.
-        drawn = torch.randint(
-            len(study.old), (len(images),), generator=torch.Generator().manual_seed(seed)
-        )
         return {
             "gated": _losses(study, study.gated(seed), images),
             "dense": _losses(study, study.dense(seed), images),
-            "random gate": held_out_losses(
-                study.random_gate(seed), images, num_draws=study.num_draws, gates=drawn
-            ),
             "labels": images.labels,
         }
 
     return study.measured(f"old-{seed}", work)
+
+
+def random_losses(study: Study, seed: int) -> dict[str, Tensor]:
+    """`old_losses`, and the random gate's model under tailors drawn for each image."""
+
+    def work() -> dict[str, Tensor]:
+        images = study.tested.of_classes(study.old)
+        # The model never learnt to go by classes: no choice is better than another.
+        drawn = torch.randint(
+            len(study.old), (len(images),), generator=torch.Generator().manual_seed(seed)
+        )
+        model = study.random_gate(seed)
+        losses = held_out_losses(model, images, num_draws=study.num_draws, gates=drawn)
+        return {"random gate": losses}
+
+    return old_losses(study, seed) | study.measured(f"random-{seed}", work)
 
 
 def _losses(study: Study, model: nn.Module, images: LabelledImages) -> Tensor:
