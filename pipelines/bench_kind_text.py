@@ -1,7 +1,7 @@
 """Decomposable text classifiers: on many intents, recombined, and carried to novel intents.
 
     python pipelines/bench_kind_text.py BASE TRAIN TEST OUT [--seeds 0,1,2] [--steps 600]
-        [--transfer-steps 150] [--per-class 16]
+        [--transfer-steps 150] [--per-class 16] [--learngenes 0.5] [--groups 8] [--entrants kind]
 
 BASE is a folder of a Hugging Face text model: its tokenizer and word embeddings are used, and its
 features group labels into superclasses, which every entrant is told. TRAIN and TEST are parquet
@@ -67,26 +67,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--transfer-steps", type=int, default=150)
     parser.add_argument("--per-class", type=int, default=16)
+    parser.add_argument("--learngenes", type=float, default=0.5)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--entrants", choices=("all", "kind"), default="all")
     args = parser.parse_args()
     one_thread()
-    case = write_case(args.out, base=args.base, train=args.train, test=args.test, sizes=Sizes())
+    sizes = Sizes(old_groups=args.groups)
+    case = write_case(args.out, base=args.base, train=args.train, test=args.test, sizes=sizes)
     study = Study(
         case=case, out=args.out, steps=args.steps, transfer_steps=args.transfer_steps,
-        per_class=args.per_class,
+        per_class=args.per_class, learngenes=args.learngenes,
     )  # fmt: skip
     console, done = Console(width=120, highlight=False), list[int]()
     found: dict[str, list[Outcome]] = {}
+    ways = entrants() if args.entrants == "all" else dict(list(entrants().items())[:2])
+    old = {"gated": pretrained} | ({"dense": dense_pretrained} if args.entrants == "all" else {})
     for seed in (int(s) for s in args.seeds.split(",")):
-        found.setdefault("gated", []).append(pretrained(study, seed))
-        found.setdefault("dense", []).append(dense_pretrained(study, seed))
-        for name, entrant in entrants().items():
+        for name, entrant in {**old, **ways}.items():
             found.setdefault(name, []).append(entrant(study, seed))
         done.append(seed)
         console.print(f"\nSeeds {done}: accuracy in percent, superclass known; mean and range")
         steps = sorted(found["gated"][0].accuracy)
-        show(console, "Old labels", [row(n, found[n]) for n in ("gated", "dense")], steps)
-        steps = sorted(found[next(iter(entrants()))][0].accuracy)
-        show(console, "Novel labels", [row(n, found[n]) for n in entrants()], steps)
+        show(console, "Old labels", [row(n, found[n]) for n in old], steps)
+        steps = sorted(found[next(iter(ways))][0].accuracy)
+        show(console, "Novel labels", [row(n, found[n]) for n in ways], steps)
     made = smaller(study, done[0])
     costs = [("full", made.full), ("two superclasses", made.recombined)]
     rows = [(n, f"{c.parameters:,}", f"{c.flops:,}", f"{c.latency_ms:.2f}") for n, c in costs]

@@ -188,8 +188,8 @@ class TuneConfig(Section):
     Trained values, head, losses and every measurement stay float32."""
     learning_rate: PositiveFloat = 0.1
     """Of the singular values (AdamW, cosine)."""
-    head_learning_rate: PositiveFloat = 0.01
-    """Of the linear head."""
+    head_learning_rate: Annotated[float, Field(ge=0)] = 0.01
+    """Of the linear head; 0 freezes it where it starts, as AXIS was published with a frozen one."""
     seed: int = 0
     """Of the draw and of the order of examples."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1

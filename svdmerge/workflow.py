@@ -21,10 +21,10 @@ from svdmerge.engine.runtime import Runtime, open_runtime
 from svdmerge.engine.tasks import Receipt
 from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeError
 from svdmerge.places import check_places
-from svdmerge.progress import SILENT, Progress
+from svdmerge.progress import SILENT, Progress, Recorded
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import model_card
-from svdmerge.report.run_report import RunReport, StageReport
+from svdmerge.report.run_report import RunReport, StageProgress, StageReport
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, copy_side_files
 from svdmerge.storage.output import (
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from svdmerge.targeting import Ranking, Targeting
 
 DONE = "DONE"
+# Seconds between reports of a run that goes on: who looks needs no more, and stores charge by the
+# request.
+REPORT_S = 2.0
 
 
 class Run:
@@ -52,7 +55,8 @@ class Run:
         self._merged = self.plan
         """The plan as the target's examples changed it: other weights, another strength."""
         self.out = Folder.at(recipe.out)
-        self._runtime, self._progress = runtime, progress
+        self._runtime, self._progress = runtime, Recorded(progress, tell=self._tell)
+        self._reported_at = 0.0
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         self.report = RunReport(
             plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
@@ -69,6 +73,7 @@ class Run:
             work()
             if self.report.status == "running":
                 self.report.status = "done"
+            self.report.progress = None
         except BaseException as error:
             self.report.status = f"failed: {type(error).__name__}"
             with contextlib.suppress(SvdmergeError):  # the first error is the one to tell
@@ -228,6 +233,7 @@ class Run:
     def _all(self) -> None:
         if self._is_done():
             self.report.status = "unchanged"
+            self.adapt()  # what was chosen then holds, and is told again
         else:
             self.decompose()
             self.assemble(self.select())
@@ -271,6 +277,15 @@ class Run:
         finally:
             release(staged)
         return []
+
+    def _tell(self, name: str, done: int, total: int) -> None:
+        """Note how far a step is; now and then, in the store."""
+        self.report.progress = StageProgress(name=name, done=done, total=total)
+        if (now := time.monotonic()) - self._reported_at >= REPORT_S:
+            self._reported_at = now
+            # Told is not needed: a store's hiccup here must not end the run.
+            with contextlib.suppress(SvdmergeError, OSError):
+                self._save_report()
 
     def _save_report(self) -> None:
         path = f"attempts/{self._attempt}/run.json"

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_where_none_helps_the_ranking_says_so(helpless: Bench) -> None:
     assert all(s.high < 0 for s in found.sources)
 
 
+def test_examples_that_tell_nothing_are_said_to(bench: Bench) -> None:
+    rows = pq.read_table(bench.root / "train.parquet")
+    pq.write_table(rows.slice(0, 3), bench.root / "one-each.parquet")  # no class is left without it
+    section = tune_section(bench.root, train=str(bench.root / "one-each.parquet"))
+    found = ranked(bench, tune=section, parameters={"k": "100%"})
+    assert [s.gain for s in found.sources] == [0.0] * 3
+    assert not any(s.sure for s in found.sources)
+    assert found.verdict.startswith("The examples tell nothing")
+
+
 def test_a_near_copy_of_a_source_is_found_and_unrelated_ones_are_not(twins: Bench) -> None:
     ((a, b, cosine),) = ranked(twins).near_duplicates
     assert {Path(a).name, Path(b).name} == {"copy", "helper"}
@@ -137,21 +148,30 @@ def test_examples_on_the_command_line_take_the_place_of_the_recipes(
     assert found.num_examples == 21
 
 
-def test_a_source_of_noise_alone_is_told_and_never_merged(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("losses", "considered"), [((0.0, 2.0), set[str]()), ((0.0, 0.0), {"noise-2", "noise-3"})]
+)
+def test_a_source_of_noise_alone_is_told_and_considered_only_where_its_help_is_sure(
+    losses: tuple[float, ...],
+    considered: set[str],
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = ranked(bench)
-    assert {Path(s.name).name for s in found.sources if s.noise} == {"noise-2", "noise-3"}
+    noise = {s.revision: Path(s.name).name for s in found.sources if s.noise}
+    assert set(noise.values()) == {"noise-2", "noise-3"}
 
     def flattered(unit: judging.JudgeUnit) -> judging.Judged:
         judged = judging.judge(unit)
         if "noise-" not in unit.name:
             return judged
-        return replace(judged, losses=tuple(tuple(0.0 for _ in x) for x in judged.losses))
+        told = tuple(losses[i % 2] for i in range(len(judged.losses[0])))
+        return replace(judged, losses=(told,))
 
     monkeypatch.setattr(targeting, "judge", flattered)
     report = merged(bench, **MERGE_ONLY)
-    assert names(bench, adaptation(report)) <= {"helper"}
+    mixed = {s for c in adaptation(report).considered for s in c.mix.weights}
+    assert {noise[s] for s in mixed & set(noise)} == considered
 
 
 def test_the_command_shows_a_table_and_the_verdict(bench: Bench) -> None:
@@ -181,6 +201,18 @@ def test_examples_that_are_not_there_are_a_clear_error(bench: Bench) -> None:
     done = svdmerge("rank", recipe, "--address", "none", "--examples", bench.root / "no.parquet")
     assert done.exit_code != 0
     assert "no.parquet" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_examples_of_another_width_are_told_in_three_lines(bench: Bench) -> None:
+    narrow = bench.root / "narrow.parquet"
+    table = pa.table({"x": [[1.0, 2.0]] * 6, "label": [0, 1, 2] * 2})
+    pq.write_table(table, narrow)
+    recipe = bench.write_recipe(tune=tune_section(bench.root))
+    done = svdmerge("rank", recipe, "--address", "none", "--examples", narrow)
+    assert done.exit_code == 1
+    told = [line for line in done.stderr.splitlines() if ": " in line and " done" not in line]
+    assert told[0] == "error: the backbone fails on inputs [6, 2]"
     assert "Traceback" not in done.stderr
 
 
@@ -366,4 +398,13 @@ def test_a_whole_run_tunes_what_was_merged(bench: Bench) -> None:
     report = bench.run(**targeted(bench))
     assert report.status == "done"
     assert report.tune is not None
-    assert bench.run(**targeted(bench)).status == "unchanged"
+    again = bench.run(**targeted(bench))
+    assert again.status == "unchanged"
+    assert again.adaptation == report.adaptation
+
+
+def test_a_run_that_changes_nothing_still_tells_that_no_source_helps(helpless: Bench) -> None:
+    first, again = (helpless.run(**targeted(helpless)) for _ in range(2))
+    assert (first.status, again.status) == ("done", "unchanged")
+    assert again.warnings == first.warnings
+    assert any("No source helps" in warning for warning in again.warnings)

@@ -33,10 +33,6 @@ from svdmerge.training.fit import TRAINED
 from svdmerge.training.kind.classifier import Classification
 from svdmerge.training.kind.fit import fit_kind
 
-# Of a layer's rank, half learngenes and half tailors, in all: as many parameters as twice a dense
-# layer of equal width has; each class uses half of the rank and its own group's share.
-LEARNGENES, TAILORS = 0.5, 0.5
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
@@ -44,6 +40,9 @@ class Study:
 
     case: Case
     out: Path
+    learngenes: float = 0.5
+    """Of each layer's rank; all the rest is tailors. So factors are twice a dense layer's values,
+    of which a class uses those of its learngenes and its own group's tailors."""
     steps: int = 600
     transfer_steps: int = 150
     per_class: int = 16
@@ -97,7 +96,8 @@ def entrants() -> dict[str, Callable[[Study, int], Outcome]]:
 def _section(study: Study, part: Part, *, seed: int) -> Training:
     return Training(
         task="text", base_model=study.case.base, backbone=BUILDER, train=part.train, test=part.test,
-        max_length=24, groups=part.groups, learngenes=LEARNGENES, tailors=TAILORS,
+        max_length=24, groups=part.groups,
+        learngenes=study.learngenes, tailors=1.0 - study.learngenes,
         steps=study.steps, batch_size=study.batch_size, learning_rate=study.learning_rate,
         warmup_steps=20, measure_every=max(1, study.steps // 3), seed=seed,
     )  # fmt: skip

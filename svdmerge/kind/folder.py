@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from svdmerge.storage.filesystem import Folder
 from svdmerge.training.backbone import build_module
 
 WEIGHTS, EXAMPLE, DESCRIPTION = "model.safetensors", "example.safetensors", "kind.json"
+BUILDERS = ("svdmerge.", "transformers:")
 # Positional arguments of the example are named so; any other names are keys of one mapping.
 ARGUMENT = "argument"
 
@@ -104,11 +105,14 @@ def write(out: Folder, model: Model, *, result: Mapping[str, Any]) -> None:
     out.put(DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
 
-def read(folder: Folder) -> Model:
+def read(folder: Folder, *, trusted: Sequence[str] = ()) -> Model:
     """The model in a folder.
 
+    `trusted` names callables, besides ours and transformers' classes, that may build its backbone:
+    whoever wrote a folder must not choose what runs here.
+
     Raises:
-        OutputError: there is none, or it is not what its description says.
+        OutputError: there is none, it is not what its description says, or a stranger builds it.
     """
     try:
         description = json.loads(folder.read(DESCRIPTION))
@@ -123,4 +127,11 @@ def read(folder: Folder) -> Model:
             f"{type(error).__name__}: {error}",
             "Run `svdmerge kind train` first, or correct `model`.",
         ) from None
+    for builder in (blueprint.model, str(blueprint.config.get("backbone", blueprint.model))):
+        if not builder.startswith(BUILDERS) and builder not in trusted:
+            raise OutputError(
+                f"{folder.uri}: is to be built by {builder}",
+                "Code that a model's folder names runs only if the configuration names it too.",
+                "If you trust it, give it as `backbone` of a `train` or `transfer` section.",
+            )
     return Model(blueprint=blueprint, state=files.load(weights), example=example)

@@ -17,7 +17,7 @@ from svdmerge.core.kind.layer import DecomposableLinear
 from svdmerge.core.kind.recombine import Chosen, Recombination, Stored, assembled, recombine
 from svdmerge.core.kind.replace import GATE, put
 from svdmerge.errors import RecipeError
-from svdmerge.kind.folder import Model, called, plain
+from svdmerge.kind.folder import called, plain
 from svdmerge.kind.recipe import Budget
 
 ITEM_BYTES = 4  # everything in the store is float32
@@ -182,8 +182,3 @@ def is_gated(model: nn.Module) -> bool:
     """Whether a class has to be given."""
     layers = [m for m in model.modules() if isinstance(m, DecomposableLinear)]
     return any(len(layer.sizes) > 1 for layer in layers)
-
-
-def as_model(blueprint: Blueprint, module: nn.Module, *, example: Mapping[str, Tensor]) -> Model:
-    """A module at rest."""
-    return Model(blueprint=blueprint, state=module.state_dict(), example=example)

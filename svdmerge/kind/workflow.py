@@ -62,7 +62,7 @@ def split(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -> S
         from svdmerge.kind.library import split_library
 
         return split_library(recipe.library, address=address, progress=progress).result
-    return splitting.split(Folder.at(recipe.store), folder.read(Folder.at(recipe.model)))
+    return splitting.split(Folder.at(recipe.store), _model(recipe))
 
 
 def recombine(recipe: KindRecipe) -> RecombineResult:
@@ -74,15 +74,14 @@ def recombine(recipe: KindRecipe) -> RecombineResult:
     wanted = recipe.recombine
     if wanted is None:
         raise _lacks("recombine", "classes")
-    out = Folder.at(wanted.out)
-    folder.check_free(out)
+    out = _other(wanted.out, recipe)
     if recipe.library is not None:
         from svdmerge.kind.library import example_inputs, library_parts
 
         parts = library_parts(recipe.library, chosen=wanted.classes, together=wanted.together)
         example = folder.as_example(example_inputs(parts.blueprint.config["config"]))
         return _recombined(parts, parts.classes, wanted=wanted, example=example, out=out)
-    model = folder.read(Folder.at(recipe.model))
+    model = _model(recipe)
     stored = splitting.stored(Folder.at(recipe.store), model)
     return _recombined(stored, wanted.classes, wanted=wanted, example=model.example, out=out)
 
@@ -118,14 +117,14 @@ def transfer(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -
     """Train the `transfer` section's fresh tailors beside the learngenes of `model`."""
     if recipe.transfer is None:
         raise _lacks("transfer", "base_model, train, test and groups")
-    store = Folder.at(recipe.store)
-    model = folder.read(Folder.at(recipe.model))
+    store, out = Folder.at(recipe.store), _other(recipe.transfer.out, recipe)
+    model = _model(recipe)
     splitting.split(store, model)
     learngenes = Learngenes(store=store, place=splitting.place_of(model))
     with _steps(recipe.transfer, progress, "transfer") as on_step, open_runtime(address):
         return training.train(
             recipe.transfer,
-            out=Folder.at(recipe.transfer.out),
+            out=out,
             store=store,
             use_ray=address != "none",
             on_step=on_step,
@@ -145,6 +144,24 @@ def _steps(config: Pace, progress: Progress, name: str) -> Generator[Callable[[i
             done = step
 
         yield on_step
+
+
+def _model(recipe: KindRecipe) -> folder.Model:
+    sections = (recipe.train, recipe.transfer)
+    trusted = [section.backbone for section in sections if section is not None]
+    return folder.read(Folder.at(recipe.model), trusted=trusted)
+
+
+def _other(out: str, recipe: KindRecipe) -> Folder:
+    """The folder to write, which is not that of the model it is made of."""
+    found = Folder.at(out)
+    if found == Folder.at(recipe.model):
+        raise RecipeError(
+            f"out: {found.uri} is `model`", "It would be replaced by what is made of it.",
+            "Give another `out`.",
+        )  # fmt: skip
+    folder.check_free(found)
+    return found
 
 
 def _lacks(section: str, keys: str) -> RecipeError:

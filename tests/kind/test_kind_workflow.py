@@ -142,11 +142,13 @@ def test_what_does_not_fit_is_told_before_training(trained, tmp_path, change, to
         ({"classes": ["7"]}, "'7': unknown to the gate"),
         ({"classes": ["0"], "budget": {"parameters": 2300}}, "learngenes alone"),
         ({"classes": ["0"], "budget": {"parameters": 10}}, "Embeddings, norms, biases"),
+        ({"classes": ["0"], "out": "{model}"}, "is `model`"),
     ],
 )
 def test_a_recombination_that_cannot_be_is_told(trained, tmp_path, wanted, told):
     _, raw, _ = trained
-    bad = raw | {"recombine": wanted | {"out": str(tmp_path / "out")}}
+    out = wanted.get("out", str(tmp_path / "out")).replace("{model}", raw["model"])
+    bad = raw | {"recombine": wanted | {"out": out}}
     with pytest.raises(RecipeError, match=told):
         workflow.recombine(parse_kind_recipe(bad))
 
@@ -170,6 +172,18 @@ def test_a_foreign_folder_is_never_replaced_and_a_damaged_model_never_read(train
     weights = tmp_path / "copy" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(OutputError, match="content changed"):
+        workflow.split(parse_kind_recipe(raw | {"model": str(tmp_path / "copy")}), address="none")
+
+
+@pytest.mark.parametrize("place", ["model", "backbone"])
+def test_a_folder_does_not_choose_what_code_runs(trained, tmp_path, place):
+    path, raw, _ = trained
+    shutil.copytree(path / "model", tmp_path / "copy")
+    description = json.loads((tmp_path / "copy" / "kind.json").read_text())
+    blueprint = description["blueprint"]
+    (blueprint if place == "model" else blueprint["config"])[place] = "subprocess:Popen"
+    (tmp_path / "copy" / "kind.json").write_text(json.dumps(description))
+    with pytest.raises(OutputError, match="built by subprocess:Popen"):
         workflow.split(parse_kind_recipe(raw | {"model": str(tmp_path / "copy")}), address="none")
 
 

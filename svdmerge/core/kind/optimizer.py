@@ -1,10 +1,11 @@
 """AdamW that leaves alone the components that no sample of the batch used."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from svdmerge.core.kind.layer import DecomposableLinear
@@ -43,42 +44,51 @@ class GatedAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step on the gradients that are there."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        used = {
-            id(p): (mask, p is layer.u)
-            for layer in self._layers
-            if (mask := _used(layer)) is not None
-            for p in (layer.u, layer.s, layer.vh)
-        }
+        parts = {id(p): part for layer in self._layers for p, part in _parts(layer)}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    mask, by_column = used.get(id(p), (None, False))
-                    self._update(p, group, used=mask, by_column=by_column)
+                    self._update(p, group, part=parts.get(id(p)))
         return loss
 
-    def _update(
-        self, p: Tensor, group: dict[str, Any], *, used: Tensor | None, by_column: bool
-    ) -> None:
+    def _update(self, p: Tensor, group: dict[str, Any], *, part: "_Part | None") -> None:
         """One parameter's step; of a layer's factor, of the components used, the others' memory
         untouched."""
         state = self.state[p]
+        by_column = part is not None and part.by_column
         if not state:
-            length = 1 if used is None else len(used)
+            length = 1 if part is None else p.shape[-1] if by_column else p.shape[0]
             state["step"] = torch.zeros(length, dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
         tensors = [p, p.grad, state["exp_avg"], state["exp_avg_sq"]]
         views = [t.T if by_column else t for t in tensors if t is not None]
         step: Tensor = state["step"]
-        if used is None or bool(used.all()):
+        if part is None or part.used is None:
             _adamw(*views, step=step, group=group)
             return
-        index = used.nonzero()[:, 0]
-        rows, own = [v[index] for v in views], step[index]
+        rows, own = [v[part.used] for v in views], step[part.used]
         _adamw(*rows, step=own, group=group)
-        step[index] = own
+        step[part.used] = own
         for view, row in zip((views[0], *views[2:]), (rows[0], *rows[2:]), strict=True):
-            view[index] = row
+            view[part.used] = row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """Which components of a factor a step moves."""
+
+    used: Int[Tensor, " k"] | None
+    """Their numbers; None where all are."""
+    by_column: bool
+
+
+def _parts(layer: DecomposableLinear) -> Iterator[tuple[Tensor, _Part]]:
+    reached = _used(layer)
+    if reached is not None:
+        used = None if bool(reached.all()) else reached.nonzero()[:, 0]
+        for factor in (layer.u, layer.s, layer.vh):
+            yield factor, _Part(used=used, by_column=factor is layer.u)
 
 
 def _used(layer: DecomposableLinear) -> Bool[Tensor, " r"] | None:

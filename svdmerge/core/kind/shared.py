@@ -15,6 +15,8 @@ from svdmerge.core.merge import recompress
 MAJORITY = 0.5
 # A source contributes to a component substantially if it has at least so much of its strength.
 SUBSTANTIAL = 0.5
+# Components below this part of a source's largest are rounding of stored weights, and span nothing.
+LEAST = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +30,13 @@ class Shared:
 
 
 def take_apart(sources: Sequence[RankOneComponents], *, num_tailors: int) -> Shared:
-    """What the sources' differences to their base share, and what is each one's own.
+    """What the sources' differences to their base share, and what is each one's own; each source is
+    the leading part of an SVD.
 
     1. A direction (left and right apart) is shared if the mean over the sources of its squared
        cosine with their spans is above MAJORITY and above what chance makes it (`chance_edge`).
        Spans count, not singular values: of sources with orthogonal spans every direction has 1/N,
-       however their values tie.
+       however their values tie. Components below LEAST of a source's largest do not count.
     2. Between the shared directions lie each source's cores C_i = P^T D_i Q. Their mean's SVD gives
        candidates a v^T of strength s, and source i contributes a^T C_i v. A candidate is a
        learngene if at least MAJORITY of the sources contribute SUBSTANTIAL * s or more: of one
@@ -58,6 +61,8 @@ def shared_directions(spans: Sequence[Float[Tensor, "m _"]]) -> Float[Tensor, "m
     num, m = len(spans), spans[0].shape[0]
     u, s, _ = torch.linalg.svd(torch.cat(list(spans), dim=1) / math.sqrt(num), full_matrices=False)
     edge = chance_edge(num, share=sum(span.shape[1] for span in spans) / (num * m))
+    if edge >= 1.0:
+        return u[:, :0]  # spans so large that chance alone makes them share
     # Squared: eigenvalues of the spans' mean projector, which are mean squared cosines.
     return u[:, s.square() >= max(MAJORITY, edge)]
 
@@ -77,8 +82,9 @@ def chance_edge(num: int, *, share: float) -> float:
 def _shared_cores(
     sources: Sequence[RankOneComponents],
 ) -> tuple[Float[Tensor, "m a"], Float[Tensor, "n b"], Float[Tensor, "y a b"]]:
-    left = shared_directions([torch.linalg.qr(c.u).Q for c in sources])
-    right = shared_directions([torch.linalg.qr(c.vh.T).Q for c in sources])
+    strong = [c.slice(0, int((c.s > LEAST * c.s[:1]).sum())) for c in sources]
+    left = shared_directions([torch.linalg.qr(c.u).Q for c in strong])
+    right = shared_directions([torch.linalg.qr(c.vh.T).Q for c in strong])
     cores = [(left.T @ c.u * c.s) @ (c.vh @ right) for c in sources]
     return left, right, torch.stack(cores)
 

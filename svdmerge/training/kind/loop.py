@@ -1,5 +1,6 @@
 """The training loop of a decomposable model, in one process or as one of several."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -177,12 +178,16 @@ class _Swapped:
             average.copy_(held)
 
 
+# Of the epoch that steps are drawn from: shuffling anew for each would cost more than small steps.
+_order = functools.lru_cache(maxsize=2)(epoch_order)
+
+
 def batch_of(step: int, num_examples: int, settings: Settings) -> Sequence[int]:
     """The rows of a step: epochs of shuffled examples, each a function of (seed, epoch) alone."""
     size = min(settings.batch_size, num_examples)
     per_epoch = math.ceil(num_examples / size)
     epoch, place = divmod(step, per_epoch)
-    order = epoch_order(num_examples, seed=settings.seed, epoch=epoch)
+    order = _order(num_examples, seed=settings.seed, epoch=epoch)
     return order[place * size : (place + 1) * size]
 
 
