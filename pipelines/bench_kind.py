@@ -16,7 +16,7 @@ from pathlib import Path
 from svdmerge.comparison.kind.diversion import matrices, old_losses, random_losses
 from svdmerge.comparison.kind.entrants import entrants
 from svdmerge.comparison.kind.likeness import likeness
-from svdmerge.comparison.kind.pairs import pair_losses, recombined, sampling_seconds
+from svdmerge.comparison.kind.pairs import recombined, sampling_seconds, seen_losses
 from svdmerge.comparison.kind.plots import draw_curves, draw_matrices
 from svdmerge.comparison.kind.quality import classifier, nearest_old, quality, real_quality
 from svdmerge.comparison.kind.report import (
@@ -43,7 +43,7 @@ def sized(study: Study, seeds: list[int]) -> None:
     """The whole and the recombined model beside dense ones of their sizes."""
     old = [old_losses(study, seed) for seed in seeds]
     show("Pre-trained, seven classes", pretrained_table(old))
-    show("Recombined for two classes", pair_table([pair_losses(study, seed) for seed in seeds]))
+    show("Recombined for two classes", pair_table([seen_losses(study, seed) for seed in seeds]))
 
 
 def diverted(study: Study, seeds: list[int]) -> None:

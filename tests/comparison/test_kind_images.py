@@ -17,7 +17,7 @@ from svdmerge.comparison.kind.diversion import (
 )
 from svdmerge.comparison.kind.entrants import entrants, kind, lora
 from svdmerge.comparison.kind.likeness import likeness
-from svdmerge.comparison.kind.pairs import pair_losses, recombined, width_of
+from svdmerge.comparison.kind.pairs import AS_SEEN, recombined, seen_losses, width_of
 from svdmerge.comparison.kind.plots import draw_curves, draw_matrices
 from svdmerge.comparison.kind.quality import nearest_old, quality, real_quality
 from svdmerge.comparison.kind.report import (
@@ -87,11 +87,12 @@ def test_a_recombined_model_gives_the_whole_ones_outputs(study: Study) -> None:
 
 
 def test_the_dense_model_of_a_pair_is_of_the_recombined_ones_size(study: Study) -> None:
-    found = pair_losses(study, 0)
+    found = seen_losses(study, 0)
     recombined_size, _, dense_size = found["sizes"].tolist()
     # Widths go in steps of four: at 16 that is coarse.
     assert dense_size == pytest.approx(recombined_size, rel=0.25)
     assert width_of(study, 10**9) == study.width
+    assert found[AS_SEEN].shape == found["dense"].shape
 
 
 def test_entrants_train_what_they_say_and_start_where_they_say(study: Study) -> None:
@@ -141,7 +142,7 @@ def test_all_tables_and_figures_come_from_what_is_kept(study: Study, tmp_path: P
         *pretrained_table(old),
         *diversion_table(found),
         *matrix_table(found[0], names),
-        *pair_table([pair_losses(study, 0)]),
+        *pair_table([seen_losses(study, 0)]),
         *transfer_table(results, first="learngenes + tailors"),
         *distance_table(
             results, first="learngenes + tailors", names=["h", "i", "j"], nearest=nearest_old(study)

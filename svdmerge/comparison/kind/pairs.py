@@ -15,6 +15,8 @@ from svdmerge.core.kind.replace import GATE, layers_of, put
 from svdmerge.training.kind.denoising import held_out_losses, samples
 from svdmerge.training.labelled_images import LabelledImages
 
+AS_SEEN = "dense, each image as often"
+
 
 def recombined(model: nn.Module, classes: Sequence[str]) -> nn.Module:
     """A copy with only the components that these classes use; embeddings keep their numbering."""
@@ -62,6 +64,19 @@ def pair_losses(study: Study, seed: int) -> dict[str, Tensor]:
         }
 
     return study.measured(f"pair-{seed}", work)
+
+
+def seen_losses(study: Study, seed: int) -> dict[str, Tensor]:
+    """`pair_losses`, and the dense model's that saw each image as often as the gated one did."""
+    found = pair_losses(study, seed)
+
+    def work() -> dict[str, Tensor]:
+        width = width_of(study, int(found["sizes"][0]))
+        model = study.dense_pair(seed, width=width, as_seen=True)
+        images = study.tested.of_classes(study.pairs[seed])
+        return {AS_SEEN: held_out_losses(model, images, num_draws=study.num_draws)}
+
+    return found | study.measured(f"pair-as-seen-{seed}", work)
 
 
 def width_of(study: Study, size: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svdmerge.comparison.kind.diversion import CONTROLS, class_means, diversion
+from svdmerge.comparison.kind.pairs import AS_SEEN
 from svdmerge.comparison.kind.quality import Quality
 
 
@@ -62,9 +63,11 @@ def pair_table(pairs: Sequence[Mapping[str, Tensor]]) -> Iterator[str]:
     """The recombined models beside dense ones of their size."""
     yield "| model | parameters | loss | recombined minus this | by seed |"
     yield "|---|---|---|---|---|"
-    for place, name in enumerate(("recombined", "gated", "dense")):
+    for place, name in enumerate(("recombined", "gated", "dense", AS_SEEN)):
+        if name not in pairs[0]:
+            continue
         gaps = [relative(p["recombined"], p[name]) for p in pairs]
-        sizes = "/".join(f"{int(p['sizes'][place]):,}" for p in pairs[:1])
+        sizes = "/".join(f"{int(p['sizes'][min(place, 2)]):,}" for p in pairs[:1])
         told = over_seeds(gaps).percent() if name != "recombined" else ""
         yield _row(name, sizes, _mean(p[name] for p in pairs), told, _each(gaps))
 

@@ -1,7 +1,7 @@
 """The benchmark's settings and its models, each trained once and kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -132,10 +132,15 @@ class Study:
         """A dense model of the gated one's parameters."""
         return self.trained(f"dense-{seed}", self.objective(self.old, spec=None, seed=seed))
 
-    def dense_pair(self, seed: int, *, width: int) -> nn.Module:
-        """A dense model of another width, trained on a pair's images alone."""
+    def dense_pair(self, seed: int, *, width: int, as_seen: bool = False) -> nn.Module:
+        """A dense model of another width, trained on a pair's images alone; `as_seen` for as many
+        steps as show it each as often as models of all classes see it."""
         objective = self.objective(self.pairs[seed], spec=None, seed=seed, width=width)
-        return self.trained(f"dense-pair-{seed}-{width}", objective)
+        name, settings = f"dense-pair-{seed}-{width}", self.settings
+        if as_seen:
+            name = f"{name}-as-seen"
+            settings = replace(settings, steps=round(self.steps * 2 / len(self.old)))
+        return self.trained(name, objective, settings=settings)
 
     def trained(
         self, name: str, objective: Objective, *, settings: Settings | None = None
