@@ -13,6 +13,7 @@ from svdmerge.core.evidence import bootstrap_interval, surely_better
 from svdmerge.core.gate import Mix, gate
 from svdmerge.core.params import Action
 from svdmerge.engine.decompose import load_source
+from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import choose_components, picks
@@ -110,15 +111,16 @@ class Targeting:
     """
 
     def __init__(
-        self, plan: Plan, config: TuneConfig, *, runtime: Runtime, progress: Progress, attempt: str
+        self, plan: Plan, config: TuneConfig, *, runtime: Runtime, progress: Progress
     ) -> None:
         self._plan, self._config = plan, config
-        self._runtime, self._progress, self._attempt = runtime, progress, attempt
+        self._runtime, self._progress = runtime, progress
         examples = judged_examples(config, base=plan.base)
         self._digest, self.num_examples = examples.digest(), len(examples)
         self._base: Tensor | None = None
         self._sources: dict[str, Tensor] = {}
         self._noise = noise_only(plan)
+        self._inventory = take_inventory(plan, runtime=runtime, progress=progress)
 
     def rank(self) -> Ranking:
         """Sources by their help.
@@ -242,7 +244,7 @@ class Targeting:
 
     def _merged(self, shares: Mapping[str, float]) -> Blend:
         return blend_of(
-            gated(self._plan, shares, total=1.0), attempt=self._attempt, runtime=self._runtime,
+            gated(self._plan, shares, total=1.0), self._inventory, runtime=self._runtime,
             progress=self._progress,
         )  # fmt: skip
 
@@ -301,9 +303,9 @@ def _verdict(every: Sequence[SourceRank]) -> str:
     return "None helps: the base model serves this target best."
 
 
-def blend_of(plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress) -> Blend:
+def blend_of(plan: Plan, inventory: Inventory, *, runtime: Runtime, progress: Progress) -> Blend:
     """The merge of a plan's sources at strength 1, as assembling it would make it."""
-    table = choose_components(plan, attempt=attempt, runtime=runtime, progress=progress)
+    table = choose_components(plan, inventory, runtime=runtime, progress=progress)
     chosen = picks(plan, table)
     return Blend(
         store=plan.store,

@@ -15,6 +15,7 @@ from svdmerge import __version__
 from svdmerge.engine import assemble, select
 from svdmerge.engine.decompose import decompose, pending
 from svdmerge.engine.estimate import estimate
+from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
@@ -90,7 +91,6 @@ class Run:
             "decompose",
             lambda: decompose(
                 self.plan,
-                attempt=self._attempt,
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
@@ -104,7 +104,7 @@ class Run:
             RecipeError: there are no examples.
             TrainingError: they cannot be used.
         """
-        if next(pending(self.plan, whole=True), None):
+        if next(pending(self.plan, self._inventory(), whole=True), None):
             self.decompose(whole=True)
         self._timed("rank", lambda: self._rank(self._targeting(config)))
 
@@ -141,14 +141,12 @@ class Run:
                 "",
                 "Give --examples FILE, or add a `tune` section with `train`.",
             )
-        return Targeting(
-            self.plan, config, runtime=self._runtime, progress=self._progress,
-            attempt=self._attempt,
-        )  # fmt: skip
+        return Targeting(self.plan, config, runtime=self._runtime, progress=self._progress)
 
     def select(self) -> pa.Table:
         """The selection. Raises: StoreError, if a source is not decomposed."""
-        if missing := next(pending(self.plan), None):
+        inventory = self._inventory()
+        if missing := next(pending(self.plan, inventory), None):
             raise StoreError(
                 f"{missing.reference}: is not decomposed to the depth this recipe needs",
                 f"First missing: {missing.name}.",
@@ -160,10 +158,7 @@ class Run:
         def work() -> list[Receipt]:
             table.append(
                 select.select(
-                    self._merged,
-                    attempt=self._attempt,
-                    runtime=self._runtime,
-                    progress=self._progress,
+                    self._merged, inventory, runtime=self._runtime, progress=self._progress
                 )
             )
             return []
@@ -239,6 +234,9 @@ class Run:
             self.assemble(self.select())
         if self.plan.recipe.tune is not None:
             self.tune()
+
+    def _inventory(self) -> Inventory:
+        return take_inventory(self.plan, runtime=self._runtime, progress=self._progress)
 
     def _is_done(self) -> bool:
         """Whether the output is that of this plan, and whole."""
@@ -427,6 +425,7 @@ def out_name(plan: Plan) -> str:
 def _summary(plan: Plan) -> str:
     p = plan.recipe.parameters
     share = f"{p.k:.4g} of each matrix's rank" if isinstance(p.k, float) else f"{p.k} per matrix"
+    share += ", spent over all matrices" * plan.is_global
     return plan.method.summary.format(
         n=len(plan.sources), k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
     )

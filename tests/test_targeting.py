@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from merging import Bench, weights
+from merging import Bench, inventory_of, weights
 from safetensors.torch import load_file
 from targeted import INPUTS, TinyNet, target_bench, targeted, tune_section, write_examples
 from typer.testing import CliRunner, Result
 
 from svdmerge import targeting
 from svdmerge.cli import app
+from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import InProcess
 from svdmerge.errors import RecipeError
 from svdmerge.progress import SILENT
@@ -27,7 +28,7 @@ from svdmerge.storage.hf_model import PROVENANCE
 from svdmerge.targeting import Adaptation, Ranking
 from svdmerge.training import judge as judging
 from svdmerge.training.backbone import build_backbone, load_weights
-from svdmerge.training.blend import differences
+from svdmerge.training.blend import Blend, differences
 from svdmerge.training.objective import objective_of
 from svdmerge.verify import verify
 from svdmerge.workflow import Run, rank, run_stage
@@ -216,6 +217,11 @@ def test_examples_of_another_width_are_told_in_three_lines(bench: Bench) -> None
     assert "Traceback" not in done.stderr
 
 
+def blended(plan: Plan) -> Blend:
+    inventory = inventory_of(plan)
+    return targeting.blend_of(plan, inventory, runtime=InProcess(), progress=SILENT)
+
+
 def test_a_source_that_changes_a_matrix_by_less_than_its_rank_is_judged_whole(
     bench: Bench,
 ) -> None:
@@ -223,7 +229,7 @@ def test_a_source_that_changes_a_matrix_by_less_than_its_rank_is_judged_whole(
     ranked(bench)
     helper = next(s for s in plan.sources if s.reference.endswith("helper"))
     whole = targeting.gated(plan, {helper.revision: 1.0}, total=1.0)
-    blend = targeting.blend_of(whole, attempt="test", runtime=InProcess(), progress=SILENT)
+    blend = blended(whole)
     found = differences(blend, base=plan.base)
     base, source = (load_file(f / "model.safetensors") for f in (bench.base, helper_of(bench)))
     expected = source["encoder.0.weight"] - base["encoder.0.weight"]
@@ -266,7 +272,7 @@ def test_the_merged_model_is_the_blend_that_was_judged(twins: Bench, k: str) -> 
     assert found.chosen.shares
     plan = twins.plan(**recipe)
     parts = targeting.gated(plan, dict(found.chosen.shares), total=1.0)
-    blend = targeting.blend_of(parts, attempt="test", runtime=InProcess(), progress=SILENT)
+    blend = blended(parts)
     changes = differences(blend, base=plan.base)
     state = load_file(twins.base / "model.safetensors")
     judged, written = TinyNet({}), TinyNet({})

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -176,9 +176,9 @@ def label_means(base: Checkpoint, *, train: str) -> Tensor:
 def grouped(means: Tensor, *, num_groups: int) -> dict[str, list[int]]:
     """Labels by superclass; clusters of one label are joined to the nearest, for they would tell
     it."""
-    clusters = KMeans(num_groups, random_state=0, n_init=10).fit(means.numpy())
-    of = clusters.labels_.copy()
-    centres = np.asarray(clusters.cluster_centers_)
+    clusters: Any = KMeans(num_groups, random_state=0, n_init=cast(Any, 10))
+    clusters.fit(means.numpy())
+    of, centres = np.array(clusters.labels_), np.asarray(clusters.cluster_centers_)
     for cluster in range(num_groups):
         if (of == cluster).sum() == 1:
             distances = np.linalg.norm(centres - centres[cluster], axis=1)
