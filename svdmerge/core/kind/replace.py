@@ -179,5 +179,7 @@ def _start(
         m, n,
         num_components=sum(sizes),
         num_active=float(used.mean()),
+        # Of a layer that starts at zero, such as a branch that is switched off: nn.Linear's.
+        variance=float(weight.square().mean()) or 1.0 / (3.0 * n),
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
