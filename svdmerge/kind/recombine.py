@@ -17,7 +17,7 @@ from svdmerge.core.kind.layer import DecomposableLinear
 from svdmerge.core.kind.recombine import Chosen, Recombination, Stored, assembled, recombine
 from svdmerge.core.kind.replace import GATE, put
 from svdmerge.errors import RecipeError
-from svdmerge.kind.folder import called, plain
+from svdmerge.kind.folder import called, fill, plain
 from svdmerge.kind.recipe import Budget
 
 ITEM_BYTES = 4  # everything in the store is float32
@@ -116,7 +116,7 @@ def _put_together(parts: Parts, chosen: Recombination, *, rest: Mapping[str, Ten
     model.add_module(GATE, GateRows(chosen.gate))
     bases = {f"{path}.base" for path in parts.blueprint.based}  # these are in their layers
     state = {name: value for name, value in rest.items() if name not in bases}
-    model.load_state_dict(model.state_dict() | state)
+    fill(model, model.state_dict() | state, builder=parts.blueprint.model)
     return model.eval()
 
 
