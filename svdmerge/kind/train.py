@@ -20,6 +20,7 @@ from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint, open_checkpoint
 from svdmerge.storage.decomposed import Place, StoredModel
 from svdmerge.storage.filesystem import Folder
+from svdmerge.training.adapter import absolute
 from svdmerge.training.backbone import Backbone, build_backbone, load_weights
 from svdmerge.training.checkpointing import State
 from svdmerge.training.data import Target, load_target
@@ -97,7 +98,7 @@ def train(
     check_free(out)
     base = open_checkpoint(config.base_model)
     target = load_target(data_config(config), base=base)
-    opener = partial(open_classification, config, learngenes=learngenes)
+    opener = partial(open_classification, _anywhere(config), learngenes=learngenes)
     objective = opened(config, base=base, target=target, learngenes=learngenes)
     model = objective.model()
     frozen = learngenes is not None and _freezes(config)
@@ -132,6 +133,13 @@ def train(
     )
     write(out, at_rest, result=result.to_json())
     return result
+
+
+def _anywhere(config: Training) -> Training:
+    """The configuration with places as every process understands them: workers have another
+    working directory."""
+    named = ("base_model", "train", "test")
+    return config.model_copy(update={name: absolute(getattr(config, name)) for name in named})
 
 
 def _freezes(config: Training) -> bool:
