@@ -1,5 +1,6 @@
 """The configuration of `svdmerge kind`; validated whole before anything starts."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -15,19 +16,32 @@ from pydantic import (
 
 from svdmerge.recipe import Section, Share, load_mapping, parse_section
 
+# Of a hierarchy of groups: YAML can make one that has no end.
+MOST_LEVELS = 16
+
 
 def parse_count(value: object) -> object:
     """`2M` -> 2000000, `500k` -> 500000, `1G` -> 1000000000."""
     units = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
     if isinstance(value, str) and value[-1:] in units:
-        return int(float(value[:-1]) * units[value[-1]])
+        count = float(value[:-1]) * units[value[-1]]
+        if not math.isfinite(count):
+            raise ValueError(f"got {value!r}; expected a count such as 2M")
+        return int(count)
     return value
 
 
 def check_groups(value: object, *, place: str = "") -> object:
     """The value, if it is a hierarchy: mappings by name, and lists of labels below them."""
+    if place.count("/") > MOST_LEVELS:
+        raise ValueError(f"groups: more than {MOST_LEVELS} levels, or one that holds itself")
     if isinstance(value, dict):
         for name, below in cast(dict[object, object], value).items():
+            # Levels are joined by /: {a/b: ...} and {a: {b: ...}} would be one group.
+            if not isinstance(name, str) or not name or "/" in name:
+                raise ValueError(
+                    f"{place}: got {name!r} as a group's name; expected text without /"
+                )
             check_groups(below, place=f"{place}/{name}")
     elif not isinstance(value, list) or not all(
         isinstance(label, int | str) for label in cast(list[object], value)
@@ -54,7 +68,7 @@ class Pace(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     measure_every: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     use_gpu: bool = False
     threads: PositiveInt = 1
@@ -128,7 +142,7 @@ class Budget(Section):
 
     @model_validator(mode="after")
     def _one_unit(self) -> "Budget":
-        if len(self.model_fields_set) != 1:
+        if sum(value is not None for _, value in self) != 1:
             raise ValueError("budget: expected one of parameters, bytes, flops")
         return self
 

@@ -198,22 +198,22 @@ def gate_of_labels(groups: dict[str, Any], *, names: tuple[str, ...] = ()) -> Cl
     found = from_hierarchy(groups)
     pairs = zip(found.classes, found.uses, strict=True)
     uses = {label: [found.groups[g] for g in own] for label, own in pairs}
-    if names:
-        order = list(names)
-    elif all(label.isdigit() for label in uses):
-        order = [str(i) for i in range(1 + max(int(label) for label in uses))]
-    else:
-        wrong = next(label for label in uses if not label.isdigit())
-        raise RecipeError(
-            f"groups: {wrong!r} is no label", "Labels are numbers from 0.", "Correct `groups`."
-        )
-    if unknown := [label for label in uses if label not in order]:
+    if unknown := [label for label in uses if names and label not in names]:
         raise RecipeError(
             f"groups: {unknown[0]!r} is no class of the examples",
-            f"They have {', '.join(order[:10])}.",
+            f"They have {', '.join(names[:10])}.",
             "Correct `groups`.",
         )
-    return gate_of({label: uses.get(label, []) for label in order})
+    if names:
+        return gate_of({label: uses.get(label, []) for label in names})
+    # Not isdigit, which takes superscripts too; and 01 would be another name of 1.
+    if wrong := [x for x in uses if not x.isdecimal() or str(int(x)) != x]:
+        raise RecipeError(
+            f"groups: {wrong[0]!r} is no label", "Labels are numbers from 0.", "Correct `groups`."
+        )
+    # One more than there are labels shows the first gap, however large a label is.
+    num = min(1 + max(map(int, uses)), 1 + len(uses))
+    return gate_of({str(i): uses.get(str(i), []) for i in range(num)})
 
 
 def settings_of(config: Pace) -> Settings:

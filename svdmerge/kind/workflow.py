@@ -40,7 +40,14 @@ def draw(
     folder.check_free(out)
     learngenes = None
     if config.learngenes_of is not None:
-        model = folder.read(Folder.at(config.learngenes_of))
+        place = Folder.at(config.learngenes_of)
+        if place == out:
+            raise RecipeError(
+                f"draw.learngenes_of: {out.uri} is `model`",
+                "It would be replaced by what is made of it.",
+                "Give another `model`.",
+            )
+        model = folder.read(place)
         splitting.split(store, model)
         learngenes = Learngenes(store=store, place=splitting.place_of(model))
     with _steps(config, progress, "draw") as on_step, open_runtime(address):
@@ -81,6 +88,12 @@ def recombine(recipe: KindRecipe) -> RecombineResult:
         parts = library_parts(recipe.library, chosen=wanted.classes, together=wanted.together)
         example = folder.as_example(example_inputs(parts.blueprint.config["config"]))
         return _recombined(parts, parts.classes, wanted=wanted, example=example, out=out)
+    if wanted.together:
+        raise RecipeError(
+            "recombine.together: there is no `library`",
+            "A trained model's classes are never on together: its gate tells them apart.",
+            "Remove it, or name a library.",
+        )
     model = _model(recipe)
     stored = splitting.stored(Folder.at(recipe.store), model)
     return _recombined(stored, wanted.classes, wanted=wanted, example=model.example, out=out)
