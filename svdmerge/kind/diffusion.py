@@ -171,7 +171,11 @@ def _key(diffusion: Diffusion, settings: Settings, *, learngenes: Learngenes | N
     numbers = replace(settings, num_workers=1, use_gpu=False, threads=1, checkpoint_every_s=0.0)
     fields = [
         diffusion.network, diffusion.classes, diffusion.spec, diffusion.seed, numbers,
-        hashlib.sha256(Folder.at(diffusion.train).read("")).hexdigest(),
+        diffusion.random_gate,
+        *(
+            hashlib.sha256(Folder.at(place).read("")).hexdigest() if place else ""
+            for place in (diffusion.train, diffusion.test)
+        ),
         None if learngenes is None else (learngenes.place.base, learngenes.place.source),
     ]  # fmt: skip
     return hashlib.sha256(repr(fields).encode()).hexdigest()[:32]

@@ -44,18 +44,21 @@ def held_out_losses(
     an image's times lie evenly, which takes most of their scatter out of its mean.
     """
     generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
     num, total = len(images), torch.zeros(len(images), dtype=torch.float64)
     offsets = torch.rand(num, generator=generator)
     for draw in range(num_draws):
         times = (offsets + draw / num_draws) % 1.0
         for rows in torch.arange(num).split(_BATCH):
             noise = torch.randn((len(rows), *images.pixels.shape[1:]), generator=generator)
-            total[rows] += denoising_losses(
-                predict(model, images.labels[rows], gates=None if gates is None else gates[rows]),
-                images.scaled(rows.tolist()),
-                noise=noise,
-                times=times[rows],
-            ).double()
+            labels = images.labels[rows].to(device)
+            losses = denoising_losses(
+                predict(model, labels, gates=None if gates is None else gates[rows].to(device)),
+                images.scaled(rows.tolist()).to(device),
+                noise=noise.to(device),
+                times=times[rows].to(device),
+            )
+            total[rows] += losses.double().cpu()
     return total / num_draws
 
 
@@ -73,8 +76,9 @@ def samples(
     The noise it starts from follows from seed and place, so models can be compared image by image.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn((len(labels), *shape), generator=generator)
-    named, switched = (torch.tensor(list(c)) for c in (labels, gates or labels))
+    device = next(model.parameters()).device
+    start = torch.randn((len(labels), *shape), generator=generator).to(device)
+    named, switched = (torch.tensor(list(c), device=device) for c in (labels, gates or labels))
     made = [
         ddim_sample(
             predict(model, named[part], gates=switched[part]),
@@ -84,4 +88,4 @@ def samples(
         )
         for part in torch.arange(len(named)).split(_BATCH)
     ]
-    return torch.cat(made).clamp(-1.0, 1.0)
+    return torch.cat(made).clamp(-1.0, 1.0).cpu()

@@ -84,11 +84,12 @@ class Diffusion:
         images, labels = self._images.scaled(rows), self._images.labels[list(rows)]
         drawn = [self._draw(row, step=step) for row in rows]
         gates = torch.tensor([gate for gate, _, _ in drawn]) if self.random_gate else labels
+        device = next(model.parameters()).device
         return denoising_losses(
-            predict(model, labels, gates=gates),
-            images,
-            noise=torch.stack([noise for _, _, noise in drawn]),
-            times=torch.stack([time for _, time, _ in drawn]),
+            predict(model, labels.to(device), gates=gates.to(device)),
+            images.to(device),
+            noise=torch.stack([noise for _, _, noise in drawn]).to(device),
+            times=torch.stack([time for _, time, _ in drawn]).to(device),
         )
 
     def measure(self, model: nn.Module, *, step: int) -> dict[str, float]:

@@ -52,6 +52,12 @@ def test_an_image_reaches_the_tailors_of_its_class_alone_unless_the_gate_is_rand
             assert reached == ({0, 1, 2, 3} if random_gate else {0, 2})
 
 
+def test_losses_are_taken_where_the_model_is(table: str) -> None:
+    task = tiny_diffusion(table)
+    # Of tensors without values: whatever stayed on the CPU would be refused.
+    assert task.losses(task.model().to("meta"), [0, 1, 2], step=0).device.type == "meta"
+
+
 def test_training_learns_and_the_same_call_again_reads_the_result(
     table: str, tmp_path: Path
 ) -> None:
