@@ -100,12 +100,14 @@ def demo(
     """Train, split, recombine and transfer on handwritten digits: first to read, then to draw."""
 
     def work() -> None:
+        from svdmerge.engine.runtime import open_runtime
         from svdmerge.kind.demo import run_demo
         from svdmerge.kind.drawing_demo import run_drawing_demo
         from svdmerge.kind.tables import demo_tables, drawing_tables
 
-        found = run_demo(out, address=address, progress=progress())
-        drawn = run_drawing_demo(out / "drawing", address=address, progress=progress())
+        with open_runtime(address):  # one for all: each start of Ray takes seconds
+            found = run_demo(out, address=address, progress=progress())
+            drawn = run_drawing_demo(out / "drawing", address=address, progress=progress())
         show(
             as_json,
             lambda: {**found.to_json(), "drawing": drawn.to_json()},
