@@ -32,6 +32,7 @@ from svdmerge.training.kind.transfer import FACTORS, carry, freeze, num_trainabl
 
 # Inputs of the batch that a model's cost is measured on.
 EXAMPLE_ROWS = 8
+HEAD = "head."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +184,9 @@ def opened(
     decomposable(model, spec)
     if learngenes is not None:
         state, sizes = learngenes.state()
-        carried = carry(model, state=state, learngenes=sizes)
+        # The head stays new even where there are as many labels as before: they mean others.
+        body = {name: value for name, value in state.items() if not name.startswith(HEAD)}
+        carried = carry(model, state=body, learngenes=sizes)
         if _freezes(config):
             freeze(model, carried=carried)
     return Classification(model, train=target.train, test=target.test)

@@ -136,6 +136,22 @@ def test_transfer_with_nothing_frozen_moves_learngenes_too(trained):
     assert result.num_trained == result.num_parameters
 
 
+def test_as_many_new_labels_as_before_get_a_new_head(trained):
+    path, raw, _ = trained
+    own = {"groups": {"all": [0, 1, 2, 3]}, "seed": 5, "steps": 1, "out": str(path / "as-many")}
+    wanted = section(path, **own, learning_rate=1e-9)
+    workflow.transfer(parse_kind_recipe(raw | {"transfer": wanted}), address="none")
+    old, new = (folder.read(Folder.at(path / p)).state for p in ("model", "as-many"))
+    assert old["head.weight"].shape == new["head.weight"].shape
+    assert (old["head.weight"] - new["head.weight"]).abs().max() > 0.1
+    frozen = "backbone.patch_embed.weight"
+    assert torch.equal(old[frozen], new[frozen])
+    wanted |= {"learning_rate": 0.1, "out": str(path / "as-many-moved")}
+    workflow.transfer(parse_kind_recipe(raw | {"transfer": wanted}), address="none")
+    moved = folder.read(Folder.at(path / "as-many-moved")).state
+    assert (moved["head.weight"] - new["head.weight"]).abs().min() > 0.01  # it trains
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
