@@ -139,12 +139,15 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--learngenes", type=int, default=21)
     parser.add_argument("--tailors", type=int, default=21)
+    parser.add_argument("--rate", type=float, default=6e-3)
+    parser.add_argument("--dense-rate", type=float, default=6e-3)
     parser.add_argument("--parts", default="sizes,diversion,transfer,samples,likeness")
     args = parser.parse_args()
     study = Study(
         train=args.train, test=args.test, out=args.out, names=CIFAR_10, width=args.width,
         depth=args.depth, steps=args.steps, transfer_steps=args.transfer_steps,
-        num_learngenes=args.learngenes, num_tailors=args.tailors,
+        num_learngenes=args.learngenes, num_tailors=args.tailors, learning_rate=args.rate,
+        dense_rate=args.dense_rate,
     )  # fmt: skip
     if args.train == "digits":
         train, test = write_digits(study.folder, num_train=1200)
