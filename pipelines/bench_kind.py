@@ -15,6 +15,7 @@ from pathlib import Path
 
 from svdmerge.comparison.kind.diversion import matrices, old_losses, random_losses
 from svdmerge.comparison.kind.entrants import entrants
+from svdmerge.comparison.kind.explanations import explained
 from svdmerge.comparison.kind.likeness import likeness
 from svdmerge.comparison.kind.pairs import recombined, sampling_seconds, seen_losses
 from svdmerge.comparison.kind.plots import draw_curves, draw_matrices
@@ -22,6 +23,7 @@ from svdmerge.comparison.kind.quality import classifier, nearest_old, quality, r
 from svdmerge.comparison.kind.report import (
     distance_table,
     diversion_table,
+    explanation_table,
     likeness_table,
     matrix_table,
     pair_table,
@@ -139,12 +141,15 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--learngenes", type=int, default=21)
     parser.add_argument("--tailors", type=int, default=21)
-    parser.add_argument("--parts", default="sizes,diversion,transfer,samples,likeness")
+    parser.add_argument("--rate", type=float, default=6e-3)
+    parser.add_argument("--dense-rate", type=float, default=6e-3)
+    parser.add_argument("--parts", default="sizes,diversion,transfer,samples,explanations,likeness")
     args = parser.parse_args()
     study = Study(
         train=args.train, test=args.test, out=args.out, names=CIFAR_10, width=args.width,
         depth=args.depth, steps=args.steps, transfer_steps=args.transfer_steps,
-        num_learngenes=args.learngenes, num_tailors=args.tailors,
+        num_learngenes=args.learngenes, num_tailors=args.tailors, learning_rate=args.rate,
+        dense_rate=args.dense_rate,
     )  # fmt: skip
     if args.train == "digits":
         train, test = write_digits(study.folder, num_train=1200)
@@ -165,6 +170,8 @@ def main() -> None:
             carried(study, so_far)
         if "samples" in parts:
             drawn(study, so_far)
+    if "explanations" in parts:
+        show("Pre-trained otherwise", explanation_table(explained(study, seeds)))
     if "likeness" in parts:
         show("Likeness of models of disjoint classes", likeness_table(likeness(study)))
 

@@ -16,6 +16,7 @@ from svdmerge.comparison.kind.diversion import (
     split_by_svd,
 )
 from svdmerge.comparison.kind.entrants import entrants, kind, lora
+from svdmerge.comparison.kind.explanations import explained, variants
 from svdmerge.comparison.kind.likeness import likeness
 from svdmerge.comparison.kind.pairs import AS_SEEN, recombined, seen_losses, width_of
 from svdmerge.comparison.kind.plots import draw_curves, draw_matrices
@@ -23,6 +24,7 @@ from svdmerge.comparison.kind.quality import nearest_old, quality, real_quality
 from svdmerge.comparison.kind.report import (
     distance_table,
     diversion_table,
+    explanation_table,
     likeness_table,
     matrix_table,
     over_seeds,
@@ -147,6 +149,7 @@ def test_all_tables_and_figures_come_from_what_is_kept(study: Study, tmp_path: P
         *distance_table(
             results, first="learngenes + tailors", names=["h", "i", "j"], nearest=nearest_old(study)
         ),
+        *explanation_table(explained(study, [0])),
         *quality_table({"gated": [judged]}),
         *likeness_table(likeness(study)),
     ]
@@ -154,6 +157,19 @@ def test_all_tables_and_figures_come_from_what_is_kept(study: Study, tmp_path: P
     draw_matrices(found, names, tmp_path / "m.png")
     draw_curves(results, tmp_path / "c.png")
     assert (study.out / "pictures/gated-0.png").is_file()
+
+
+def test_variants_change_one_thing_at_a_time_and_keep_the_rank(study: Study) -> None:
+    study = replace(study, num_learngenes=18, num_tailors=14)
+    found = dict(variants(study))
+    assert len(found) == 6
+    for changed in found.values():
+        assert changed.num_learngenes + changed.num_tailors == 32
+        assert changed.num_new == study.num_new
+    gates = {name: changed.shared_gate(study.old) for name, changed in found.items()}
+    assert len(gates["two classes a tailor group"].groups) == 4
+    assert gates["overlapping groups"].uses[6] == (0, 6)
+    assert len({str(changed.out) for changed in found.values()}) == 6
 
 
 def test_intervals_over_seeds_are_students() -> None:

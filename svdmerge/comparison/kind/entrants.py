@@ -109,7 +109,10 @@ def scratch(study: Study, seed: int) -> nn.Module:
 
 def kind_unfrozen(study: Study, seed: int) -> nn.Module:
     """As `kind`, with learngenes as components and everything trained."""
-    spec = replace(study.spec(study.novel, seed=seed), num_tailors=study.num_tailors)
+    num_tailors = study.num_new * len(study.novel)
+    spec = replace(
+        study.spec(study.novel, seed=seed), gate=study.gate(study.novel), num_tailors=num_tailors
+    )
     old = study.gated(seed)
     model = study.objective(study.novel, spec=spec, seed=seed).model()
     num = study.num_learngenes
@@ -152,7 +155,7 @@ def _extended(study: Study, state: Mapping[str, Tensor], *, seed: int) -> nn.Mod
     those and the class embedding train."""
     model = _novel(study, state, seed=seed).requires_grad_(False)
     gate = study.gate(study.novel)
-    own = study.num_tailors // len(study.novel)
+    own = study.num_new
     for path in projections(model):
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear), path

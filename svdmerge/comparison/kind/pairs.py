@@ -93,12 +93,12 @@ def width_of(study: Study, size: int) -> int:
 
 
 def sampling_seconds(models: Sequence[nn.Module], *, shape: tuple[int, ...]) -> list[float]:
-    """Processor seconds of each model to sample 8 images in 5 steps: the least of five turns, in
+    """Processor seconds of each model to sample 16 images in 10 steps: the least of five turns, in
     which models take their turns one after another, so that a busy machine slows all alike."""
     best = [float("inf")] * len(models)
     for _ in range(5):
         for i, model in enumerate(models):
             start = time.process_time()
-            samples(model, [0] * 8, shape=shape, num_steps=5, seed=0)
+            samples(model, [0] * 16, shape=shape, num_steps=10, seed=0)
             best[i] = min(best[i], time.process_time() - start)
     return best

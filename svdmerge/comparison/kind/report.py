@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svdmerge.comparison.kind.diversion import CONTROLS, class_means, diversion
+from svdmerge.comparison.kind.explanations import Explained
 from svdmerge.comparison.kind.pairs import AS_SEEN
 from svdmerge.comparison.kind.quality import Quality
 
@@ -150,6 +151,24 @@ def distance_table(
 def _final(result: Mapping[str, Tensor], label: int) -> Tensor:
     """Losses of a class's images at the end."""
     return result["losses"][-1][result["labels"] == label]
+
+
+def explanation_table(found: Iterable[Explained]) -> Iterator[str]:
+    """What each way to pre-train makes of both claims."""
+    yield "| pre-trained | gated minus dense, old classes | novel: learngenes | LoRA | difference |"
+    yield "|---|---|---|---|---|"
+    for e in found:
+        old = [relative(o["gated"], o["dense"]) for o in e.old]
+        ends = [
+            (a["losses"][-1], b["losses"][-1]) for a, b in zip(e.learngenes, e.lora, strict=True)
+        ]
+        yield _row(
+            e.name,
+            over_seeds(old).percent(),
+            _mean(a for a, _ in ends),
+            _mean(b for _, b in ends),
+            over_seeds([relative(a, b) for a, b in ends]).percent(),
+        )
 
 
 def quality_table(found: Mapping[str, Sequence[Quality]]) -> Iterator[str]:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from svdmerge.core.dit import DiTConfig
-from svdmerge.core.kind.gate import ClassGate, disjoint
+from svdmerge.core.kind.gate import ClassGate, disjoint, gate_of
 from svdmerge.core.kind.replace import Spec
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.checkpointing import FolderCheckpoints, State, load_file, save_file
@@ -46,10 +47,16 @@ class Study:
     """With as many tailors, 42 components: as many parameters as dense layers have, at any width
     three halves of it: 18 width x 42 against 12 width^2."""
     num_tailors: int = 21
-    steps: int = 1200
+    new_tailors: int = 0
+    """Of the novel classes together; 0 for as many as the old ones have."""
+    sharing: Literal["none", "pairs", "next"] = "none"
+    """Whether old classes share tailors: not at all, two by two, or each with the next as well."""
+    steps: int = 900
     learning_rate: float = 6e-3
-    """Of 1e-3, 3e-3 and 6e-3 the best for the gated and for the dense model alike, by the training
-    loss of 600 steps."""
+    """Of gated models: on CIFAR-10 the best of 1e-3, 3e-3, 6e-3 by training loss, for dense ones
+    too; on digits the best of 6e-3 and 1.2e-2."""
+    dense_rate: float = 6e-3
+    """Of dense models."""
     batch_size: int = 16
     """At equal processor time, 600 steps of 16 reach 0.181 where 300 of 32 reach 0.213."""
     num_draws: int = 4
@@ -93,6 +100,20 @@ class Study:
             width=width or self.width, depth=self.depth, heads=self.heads, num_classes=num_classes,
         )  # fmt: skip
 
+    @property
+    def num_new(self) -> int:
+        """Tailors of each novel class."""
+        return (self.new_tailors or self.num_tailors) // len(self.novel)
+
+    def shared_gate(self, classes: tuple[int, ...]) -> ClassGate:
+        """The gate of classes to pre-train on."""
+        names, num = [self.names[c] for c in classes], len(classes)
+        if self.sharing == "none":
+            return disjoint(names)
+        if self.sharing == "pairs":
+            return gate_of({name: [f"pair {i // 2}"] for i, name in enumerate(names)})
+        return gate_of({name: [name, names[(i + 1) % num]] for i, name in enumerate(names)})
+
     def gate(self, classes: tuple[int, ...]) -> ClassGate:
         """A tailor group for each class."""
         return disjoint([self.names[c] for c in classes])
@@ -101,7 +122,7 @@ class Study:
         """The split; every class has as many tailors whatever the number of classes."""
         own = self.num_tailors // len(self.old)
         return Spec(
-            gate=self.gate(classes), num_learngenes=self.num_learngenes,
+            gate=self.shared_gate(classes), num_learngenes=self.num_learngenes,
             num_tailors=own * len(classes), seed=seed,
         )  # fmt: skip
 
@@ -130,13 +151,14 @@ class Study:
 
     def dense(self, seed: int) -> nn.Module:
         """A dense model of the gated one's parameters."""
-        return self.trained(f"dense-{seed}", self.objective(self.old, spec=None, seed=seed))
+        objective = self.objective(self.old, spec=None, seed=seed)
+        return self.trained(f"dense-{seed}", objective, settings=self.dense_settings)
 
     def dense_pair(self, seed: int, *, width: int, as_seen: bool = False) -> nn.Module:
         """A dense model of another width, trained on a pair's images alone; `as_seen` for as many
         steps as show it each as often as models of all classes see it."""
         objective = self.objective(self.pairs[seed], spec=None, seed=seed, width=width)
-        name, settings = f"dense-pair-{seed}-{width}", self.settings
+        name, settings = f"dense-pair-{seed}-{width}", self.dense_settings
         if as_seen:
             name = f"{name}-as-seen"
             settings = replace(settings, steps=round(self.steps * 2 / len(self.old)))
@@ -161,6 +183,11 @@ class Study:
             steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate,
             warmup_steps=50, ema=0.99,
         )  # fmt: skip
+
+    @property
+    def dense_settings(self) -> Settings:
+        """The same for dense models."""
+        return replace(self.settings, learning_rate=self.dense_rate)
 
     def _train(self, name: str, objective: Objective, *, settings: Settings) -> State:
         loop = KindLoop(objective, settings=settings, group=Group(), device=torch.device("cpu"))

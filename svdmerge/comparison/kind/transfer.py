@@ -19,7 +19,7 @@ from svdmerge.training.loop import Group
 NUM_POINTS = 6
 NUM_DRAWS = 2
 # Learning rates tried for each entrant.
-RATES = (2e-3, 6e-3)
+RATES = (2e-3, 6e-3, 1.8e-2)
 
 
 @dataclass(kw_only=True)
