@@ -141,7 +141,7 @@ def open_checkpoint(reference: str) -> Checkpoint:
         # Archives and images normalise times: two fine-tunes may agree in all but their place.
         digest.update(folder.uri.encode())
     for file in sorted(files):
-        found, header, stat = _read_header(folder, file)
+        found, header, stat = read_header(folder, file)
         if twice := sorted(set(found) & set(tensors)):
             raise CheckpointError(
                 f"{folder.uri}/{file}: {twice[0]} stands in another file of the model too"
@@ -213,7 +213,7 @@ def _indexed(folder: Folder) -> list[str]:
                 "An index may only name files beside it.",
                 "Do not use this checkpoint unless you know who wrote it.",
             )
-    found = {name for file in files for name in _read_header(folder, file)[0]}
+    found = {name for file in files for name in read_header(folder, file)[0]}
     if missing := sorted(set(weight_map) - found):
         raise CheckpointError(
             f"{place}: names {missing[0]}, which is in none of its files",
@@ -223,7 +223,7 @@ def _indexed(folder: Folder) -> list[str]:
     return sorted(files)
 
 
-def _read_header(folder: Folder, file: str) -> tuple[dict[str, TensorRef], str, FileStat]:
+def read_header(folder: Folder, file: str) -> tuple[dict[str, TensorRef], str, FileStat]:
     """A file's tensors, its header's sha256, and its version."""
     place = f"{folder.uri}/{file}"
     stat = folder.stat(file)
