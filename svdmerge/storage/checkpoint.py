@@ -76,14 +76,7 @@ class TensorRef:
                 "Run the same command again; the new content is another revision.",
             )
         begin = self.offset + start * item
-        data = self.folder.read(self.file, start=begin, stop=begin + size) if size else b""
-        if len(data) != size:
-            raise CheckpointError(
-                f"{self.folder.uri}/{self.file}: {self.name} ended early",
-                f"Got {len(data)} bytes, expected {size}.",
-                "Fetch the checkpoint again.",
-            )
-        return data
+        return self.folder.read_exactly(self.file, start=begin, count=size) if size else b""
 
     def decode(self, data: bytes) -> "torch.Tensor":
         """A flat tensor of stored bytes."""
@@ -229,14 +222,14 @@ def read_header(folder: Folder, file: str) -> tuple[dict[str, TensorRef], str, F
     stat = folder.stat(file)
     if stat is None:
         raise CheckpointError(f"{place}: missing", "The index names it.", "Fetch it.")
-    length = int.from_bytes(folder.read(file, start=0, stop=min(8, stat.size)), "little")
+    length = int.from_bytes(folder.read_exactly(file, start=0, count=min(8, stat.size)), "little")
     if stat.size < 8 or length > min(MAX_HEADER_BYTES, stat.size - 8):
         raise CheckpointError(
             f"{place}: not a safetensors file",
             f"Its header claims {length} bytes; the file has {stat.size}.",
             "Fetch it again; it may be truncated.",
         )
-    data = folder.read(file, start=8, stop=8 + length)
+    data = folder.read_exactly(file, start=8, count=length)
     try:
         header = json.loads(data)
         entries = {k: v for k, v in header.items() if k != "__metadata__"}
