@@ -22,6 +22,7 @@ from svdmerge.storage.checkpoint import (
 )
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.layout import BLOCK
+from svdmerge.storage.quantised import FP8
 
 # Source bytes of one unit of work: a few seconds of SVD, and small matrices travel together.
 UNIT_BYTES = 32 << 20
@@ -232,7 +233,8 @@ def write_bytes(plan: Plan) -> dict[str, int]:
 
 
 def _is_cast(ref: TensorRef, out_dtype: str) -> bool:
-    return ref.dtype in FLOATING and out_dtype not in ("base", TORCH_NAMES[ref.dtype])
+    same = ref.dtype not in FP8 and out_dtype in ("base", TORCH_NAMES[ref.dtype])
+    return ref.dtype in FLOATING and not same
 
 
 def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:

@@ -1,6 +1,5 @@
 """Every function that runs on a worker: read, call core, write, return a small receipt."""
 
-import hashlib
 import resource
 import sys
 import time
@@ -118,7 +117,7 @@ def _decomposed(
     """What is found of one matrix and what that covers; nothing, if it must be the base's."""
     p = item.parameter
     source, base = _read(item.source, p), _read(item.base, p)
-    digest = hashlib.sha256(source).hexdigest()
+    digest = item.source.digest(source)
     solved = None
     if p.action is Action.EQUAL:
         _check_equal(unit, item, source == base)
@@ -129,7 +128,7 @@ def _decomposed(
         first=unit.first,
         depth=solved.depth if solved else item.depth,
         source_sha256=digest,
-        base_sha256=hashlib.sha256(base).hexdigest(),
+        base_sha256=item.base.digest(base),
     )
     return solved, covered
 
@@ -170,7 +169,11 @@ def _check_equal(unit: DecomposeUnit, item: Item, same: bool) -> None:
 
 def _delta(unit: DecomposeUnit, item: Item, source: bytes, base: bytes) -> torch.Tensor:
     shape = (item.parameter.m, item.parameter.n)
-    tensors = item.source.decode(source).reshape(shape), item.base.decode(base).reshape(shape)
+    start = item.parameter.start
+    tensors = tuple(
+        ref.decode(data, start=start).reshape(shape)
+        for ref, data in ((item.source, source), (item.base, base))
+    )
     for tensor, ref in zip(tensors, (item.source, item.base), strict=True):
         if not all_finite(tensor):
             raise ContentError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from svdmerge.errors import CheckpointError
 from svdmerge.storage.filesystem import FileStat, Folder
+from svdmerge.storage.quantised import FP8, Scale, dequantised, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,13 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_NAME = 255
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1,
 }  # fmt: skip
-FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+FLOATING = frozenset({"F64", "F32", "F16", "BF16"}) | FP8
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
 }  # fmt: skip
@@ -50,6 +53,8 @@ class TensorRef:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    scale: Scale | None = None
+    """Of FP8 weights: what they are multiplied by."""
 
     @property
     def numel(self) -> int:
@@ -78,14 +83,25 @@ class TensorRef:
         begin = self.offset + start * item
         return self.folder.read_exactly(self.file, start=begin, count=size) if size else b""
 
-    def decode(self, data: bytes) -> "torch.Tensor":
-        """A flat tensor of stored bytes."""
+    def decode(self, data: bytes, *, start: int = 0) -> "torch.Tensor":
+        """A flat tensor of stored bytes, of elements from `start` on; FP8 in float32."""
         import torch
 
         dtype = getattr(torch, TORCH_NAMES[self.dtype])
-        if not data:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(bytearray(data), dtype=dtype)
+        # frombuffer takes no empty buffer.
+        values = (
+            torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0).to(dtype)
+        )
+        if self.scale is not None:
+            return dequantised(values, self.scale, shape=self.shape, start=start)
+        return values.to(torch.float32) if self.dtype in FP8 else values
+
+    def digest(self, data: bytes) -> str:
+        """sha256 of what the values of stored bytes depend on."""
+        digest = hashlib.sha256(data)
+        if self.scale is not None:
+            digest.update(self.scale.ref.read_bytes())
+        return digest.hexdigest()
 
     def read(self) -> "torch.Tensor":
         """The whole tensor."""
@@ -141,11 +157,13 @@ def open_checkpoint(reference: str) -> Checkpoint:
             )
         tensors |= found
         digest.update(f"{file}\0{stat.size}\0{stat.version}\0{header}\0".encode())
+    config = _config(folder)
+    tensors = scaled(tensors, config=config, place=folder.uri)
     return Checkpoint(
         reference=reference,
         folder=folder,
         tensors=dict(sorted(tensors.items())),
-        config=_config(folder),
+        config=config,
         revision=digest.hexdigest()[:32],
     )
 
