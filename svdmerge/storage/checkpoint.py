@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from svdmerge.errors import CheckpointError
 from svdmerge.storage.filesystem import FileStat, Folder
+from svdmerge.storage.model_ref import parse_reference, pinned
 from svdmerge.storage.quantised import FP8, Scale, dequantised, scaled
 
 if TYPE_CHECKING:
@@ -131,12 +132,12 @@ class Checkpoint:
 
 
 def open_checkpoint(reference: str) -> Checkpoint:
-    """The checkpoint at a folder, a single safetensors file, or an fsspec URI of either.
+    """The checkpoint at a folder, a single safetensors file, an fsspec URI of either, or a hub id.
 
     Raises:
         CheckpointError: nothing is there, it is a pickle, or a header or index is malformed.
     """
-    folder = Folder.at(reference)
+    folder = Folder.at(pinned(parse_reference(reference).model))
     if folder.uri.endswith(PICKLES):
         raise _pickle(reference)
     if folder.stat() is not None:

@@ -17,6 +17,8 @@ from svdmerge.errors import RetryableError, StoreError, SvdmergeError
 
 # s3fs caches listings per process; a store is written by many.
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
+# The hub's files read ahead megabytes, which a range is not to.
+_READING: dict[str, dict[str, Any]] = {"hf": {"cache_type": "none"}}
 
 # One request in twenty may fail and a run still makes thousands: six tries leave 2e-8 of them. The
 # last pause is two to three seconds, of the order of a store's own advice to slow down; what lasts
@@ -168,7 +170,9 @@ class Folder:
     def read_exactly(self, relative: str, *, start: int, count: int) -> bytes:
         """So many bytes of a file from one on. Raises: as `read`, and if there are fewer."""
         with _reading(self, relative):
-            data = self.fs.cat_file(self.path(relative), start=start, end=start + count)
+            options = _READING.get(_protocol(self.uri), {})
+            path, end = self.path(relative), start + count
+            data: bytes = self.fs.cat_file(path, start=start, end=end, **options)
         if len(data) != count:
             # A connection that broke is told so by few filesystems; a file cut short stays so.
             kind = StoreError if self.is_local else RetryableError
@@ -249,15 +253,18 @@ class Folder:
         self.remove(probe)
 
     def _open(self) -> tuple[Any, str]:
-        protocol = self.uri.split("://", 1)[0] if "://" in self.uri else "file"
         try:
-            return fsspec.url_to_fs(self.uri, **_OPTIONS.get(protocol, {}))
+            return fsspec.url_to_fs(self.uri, **_OPTIONS.get(_protocol(self.uri), {}))
         except (ImportError, ValueError) as error:
             raise StoreError(f"{self.uri}: cannot be opened", str(error)) from None
         except Exception as error:  # the hub is asked already here: see _reading
             raise RetryableError(
                 f"{self.uri}: cannot be opened", _named(error), "Check the address and the network."
             ) from error
+
+
+def _protocol(uri: str) -> str:
+    return uri.split("://", 1)[0] if "://" in uri else "file"
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
