@@ -116,6 +116,9 @@ class Resources(Section):
 
     threads: PositiveInt = 1
     memory: Bytes = 2 << 30
+    max_matrix: Bytes = 128 << 20
+    """Of a difference in float64 that one task may hold: larger matrices are decomposed in blocks
+    of rows by several. The default, 4096 x 4096, fits the default memory with its full SVD."""
 
 
 class Target(BaseModel):
@@ -354,7 +357,8 @@ class Recipe(Section):
     def numeric_digest(self) -> str:
         """sha256 of what the numbers depend on besides the models: not `out`, `store`, or order."""
         skip = {"out", "store", "tune", "models", "base_model", "resources"}
-        fields = self.model_dump(mode="json", exclude=skip) | {"threads": self.resources.threads}
+        fields = self.model_dump(mode="json", exclude=skip)
+        fields |= {"threads": self.resources.threads, "max_matrix": self.resources.max_matrix}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def dump(self) -> dict[str, Any]:

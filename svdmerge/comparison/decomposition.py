@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from svdmerge.core.blocks import EXACT, WIDTH
+from svdmerge.core.block_shape import WIDTH
+from svdmerge.core.blocks import EXACT
 from svdmerge.core.components import RankOneComponents, concatenate, none
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.solve import Solved, Stored, solve

@@ -5,23 +5,21 @@ solver makes it follows from the shape and those blocks alone. So a store deepen
 the numbers of one that was filled at once, whoever filled it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core import svd
+from svdmerge.core.block_shape import WIDTH, block_width, max_steps
 from svdmerge.core.certificate import remainder_bound
 from svdmerge.core.components import RankOneComponents, concatenate, none
 from svdmerge.core.lanczos import leading, rayleigh_ritz
+from svdmerge.core.products import Dense, Products
 
-# Components of a block at least. Winners of a source are few (about 5 of 384 on real differences);
-# yet a product of fewer columns takes no less time.
-WIDTH = 16
-# Share of the rank that a block of a larger matrix has: what a tenth of it comes to over eight
-# sources. Wider, most of many sources' blocks goes unused; narrower, few sources need many of them.
-BLOCK_SHARE = 1 / 80
 # Smaller sides go to the exact solver: it takes no longer there.
 SMALL = 128
 # Share of the rank from which on the exact solver takes what is left: a block costs about 1 / 15 of
@@ -30,11 +28,6 @@ LANCZOS_SHARE = 1 / 16
 # A spectrum whose sixteenth value is above this share of the first does not fall: finding where it
 # ends takes as much as a full SVD. Of Gaussian noise it is 0.95, of differences measured 0.2.
 FLAT = 0.7
-# Steps of Lanczos at most: a basis of a quarter of the rank, yet enough for small matrices. Power
-# laws of exponent 0.6 to 0.9 need six to eight.
-MIN_STEPS, BASIS_SHARE = 10, 1 / 4
-
-
 # What a block says of its solver if that finds all that is left.
 EXACT = "exact"
 # Of eps * max(m, n) * s_0 in float64, below which nothing is left: what `exact` calls zero, with
@@ -64,30 +57,43 @@ def next_block(
         turned = next_block(delta.T, stored=_turned(stored), fro=fro, parameter=parameter)
         found = svd.fix_signs(_turned(turned.components))
         return Block(components=found, bound=turned.bound, solver=turned.solver)
-    m, n = delta.shape
-    if fro == 0.0 or len(stored) >= n:
+    n = delta.shape[1]
+    if fro > 0.0 and len(stored) < n and _is_exact(n, s=stored.s):
+        return exact_block(delta, stored=stored)
+    found = lanczos_block(
+        partial(Dense, delta), shape=tuple(delta.shape), stored=lambda: stored, fro=fro,
+        parameter=parameter, steps=lambda _: max_steps(n),
+    )  # fmt: skip
+    return found or exact_block(delta, stored=stored)
+
+
+def lanczos_block(
+    products: Callable[[torch.dtype], Products], *, shape: tuple[int, ...],
+    stored: Callable[[], RankOneComponents], fro: float, parameter: str,
+    steps: Callable[[torch.dtype], int],
+) -> Block | None:  # fmt: skip
+    """The block after those stored, of a matrix known by its products; None where Lanczos reaches
+    nothing. The stored components are read when needed, for they can outweigh all else; `steps` are
+    those at most of Lanczos in a dtype.
+    """
+    (m, n), known = shape, stored()
+    if fro == 0.0 or len(known) >= min(m, n):
         return Block(components=none(m, n).to(torch.float64), bound=0.0, solver="none")
-    if not _is_exact(n, s=stored.s):
-        seed = svd.seed_of(parameter, m=m, n=n, block=len(stored))
-        # In float64 without what the rounding of stored vectors leaves of them in the difference.
-        for dtype, known in (
-            (torch.float32, lambda: stored),
-            (torch.float64, lambda: _polished(delta, stored)),
-        ):
-            block = _iterated(delta, dtype, known(), fro=fro, seed=seed)
-            if len(block.components) or block.bound == 0.0:
-                return block
-    return exact_block(delta, stored=stored)
+    seed = svd.seed_of(parameter, m=m, n=n, block=len(known))
+    a = products(torch.float32)
+    block = _iterated(a, known, fro=fro, seed=seed, steps=steps(a.dtype))
+    if len(block.components) or block.bound == 0.0:
+        return block
+    del known
+    # In float64 without what the rounding of stored vectors leaves of them in the difference.
+    a = products(torch.float64)
+    block = _iterated(a, _polished(a, stored()), fro=fro, seed=seed, steps=steps(a.dtype))
+    return block if len(block.components) or block.bound == 0.0 else None
 
 
 def exact_block(delta: Float[Tensor, "m n"], *, stored: RankOneComponents) -> Block:
     """All components that follow those stored, by LAPACK in float64."""
     return Block(components=_rest(delta, stored), bound=0.0, solver=EXACT)
-
-
-def block_width(rank: int) -> int:
-    """Components of a block of a matrix whose smaller side is `rank`, in whole sixteens."""
-    return max(1, int(BLOCK_SHARE * rank) // WIDTH) * WIDTH
 
 
 def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:
@@ -96,32 +102,26 @@ def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:
     return n <= SMALL or flat or len(s) >= LANCZOS_SHARE * n
 
 
-def _iterated(
-    delta: Float[Tensor, "m n"], dtype: torch.dtype, known: RankOneComponents, *, fro: float,
-    seed: int,
-) -> Block:  # fmt: skip
-    """The block by Lanczos with products in `dtype`; maybe empty."""
-    m, n = delta.shape
-    a = delta.to(dtype).contiguous()
-    width = block_width(n)
-    steps = max(MIN_STEPS, int(BASIS_SHARE * n / width))
+def _iterated(a: Products, known: RankOneComponents, *, fro: float, seed: int, steps: int) -> Block:
+    """The block by Lanczos; maybe empty."""
+    (m, n), rank = a.shape, min(a.shape)
+    width = min(block_width(rank), rank - len(known))
     right = leading(a, known=known, width=width, max_steps=steps, seed=seed)
-    found = svd.fix_signs(rayleigh_ritz(delta, right, known))
+    found = svd.fix_signs(rayleigh_ritz(a, right, known))
     every = concatenate([known.to(torch.float64), found])
     bound = remainder_bound(a, known=every, fro=fro, seed=seed + 1)
     largest = float(every.s.max()) if len(every) else 0.0
-    floor = NOTHING * torch.finfo(torch.float64).eps * m * largest
-    solver = f"lanczos {str(dtype).removeprefix('torch.')}"
+    floor = NOTHING * torch.finfo(torch.float64).eps * max(m, n) * largest
+    solver = f"lanczos {str(a.dtype).removeprefix('torch.')}"
     return Block(components=found, bound=bound if bound > floor else 0.0, solver=solver)
 
 
-def _polished(delta: Float[Tensor, "m n"], stored: RankOneComponents) -> RankOneComponents:
+def _polished(a: Products, stored: RankOneComponents) -> RankOneComponents:
     """Stored components after a step of subspace iteration in float64: orthonormal to its eps."""
     if len(stored) == 0:
         return stored.to(torch.float64)
-    a = delta.to(torch.float64)
-    v = torch.linalg.qr(a.T @ (a @ stored.vh.T.double())).Q
-    u, s, vh = torch.linalg.svd(a @ v, full_matrices=False)
+    v = torch.linalg.qr(a.step(stored.vh.T.double())[1]).Q
+    u, s, vh = torch.linalg.svd(a.image(v), full_matrices=False)
     return RankOneComponents(u=u, s=s, vh=vh @ v.T)
 
 
@@ -130,7 +130,7 @@ def _rest(delta: Float[Tensor, "m n"], stored: RankOneComponents) -> RankOneComp
     if len(stored) == 0:
         found = svd.exact(delta)
         return found.slice(0, int((found.s > 0).sum()))
-    known, a = _polished(delta, stored), delta.to(torch.float64)
+    known, a = _polished(Dense(delta, torch.float64), stored), delta.to(torch.float64)
     a = a - known.u @ (known.u.T @ a)
     found = svd.exact(a - (a @ known.vh.T) @ known.vh)
     floor = torch.finfo(torch.float64).eps * max(a.shape) * float(known.s[0])

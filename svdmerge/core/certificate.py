@@ -6,6 +6,7 @@ from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
 from svdmerge.core.deflated import Deflated, without
+from svdmerge.core.products import Products
 
 # Random starts. The bound fails only if all of them are nearly orthogonal to one direction; sixteen
 # columns cost a matrix product little more than eight.
@@ -21,9 +22,7 @@ POINTS, REACH = 64, 16.0
 ROUNDING = 4.0
 
 
-def remainder_bound(
-    a: Float[Tensor, "m n"], *, known: RankOneComponents, fro: float, seed: int
-) -> float:
+def remainder_bound(a: Products, *, known: RankOneComponents, fro: float, seed: int) -> float:
     """With probability 1 - 1e-9 no less than ||B||_2, B = A (I - V V^T), V of those known, and so
     than any singular value of A after theirs.
 
@@ -52,10 +51,10 @@ def _lanczos(
     """Squared lengths of the starts, and the diagonals and off-diagonals of each one's own run."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(b.a.shape[1], STARTS, generator=generator)
-    x = without(start.to(b.a), b.v)
+    x = without(start.to(b.v), b.v)
     lengths = torch.linalg.vector_norm(x.double(), dim=0)
     x /= lengths.to(x)
-    before, beta = torch.zeros_like(x), b.a.new_zeros(STARTS)
+    before, beta = torch.zeros_like(x), x.new_zeros(STARTS)
     diagonal, off = list[Tensor](), list[Tensor]()
     for _ in range(STEPS):
         y, z = b.step(x)

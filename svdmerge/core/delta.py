@@ -9,9 +9,13 @@ from torch import Tensor
 DTYPE = torch.float64
 
 
-def delta(source: Float[Tensor, "m n"], *, base: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """source - base in float64."""
-    return source.to(DTYPE) - base.to(DTYPE)
+def delta(
+    source: Float[Tensor, "m n"], *, base: Float[Tensor, "m n"], dtype: torch.dtype = DTYPE
+) -> Float[Tensor, "m n"]:
+    """source - base in `dtype`: for float32 as if rounded from float64, for a single rounding is
+    all that a difference of narrower or equal numbers takes."""
+    wide = torch.promote_types(torch.promote_types(source.dtype, base.dtype), dtype)
+    return (source.to(wide) - base.to(wide)).to(dtype)
 
 
 def all_finite(tensor: Tensor) -> bool:

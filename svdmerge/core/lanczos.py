@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
-from svdmerge.core.deflated import Deflated, image, without
+from svdmerge.core.deflated import Deflated, without
+from svdmerge.core.products import Products
 
 # Of ||A^T u - s v||: no more than this share of the largest singular value, which the residual of
 # what is kept inherits (promised: 1e-4), ...
@@ -31,13 +33,13 @@ SHRINKS = 20.0
 
 
 def leading(
-    a: Float[Tensor, "m n"], *, known: RankOneComponents, width: int, max_steps: int, seed: int
+    a: Products, *, known: RankOneComponents, width: int, max_steps: int, seed: int
 ) -> Float[Tensor, "n b"]:
     """Right vectors, at most `width`, of the largest components of B = (I - U U^T) A (I - V V^T),
     U and V those of `known`: the converged ones, down to what the dtype of A can reach.
 
     Stops when all `width` have converged, when only rounding is left, or after `max_steps` blocks.
-    Wants m >= n.
+    A wide A takes no more passes than a tall one, only longer vectors.
 
     Reference: block Lanczos on A^T A, Golub, Underwood 1977; convergence without a gap, Musco,
     Musco, arXiv 1504.05477, algorithm 2.
@@ -56,7 +58,7 @@ def leading(
 
 
 def rayleigh_ritz(
-    a: Float[Tensor, "m n"], right: Float[Tensor, "n b"], known: RankOneComponents
+    a: Products, right: Float[Tensor, "n b"], known: RankOneComponents
 ) -> RankOneComponents:
     """The best components of B within the span of right vectors, in float64.
 
@@ -64,7 +66,7 @@ def rayleigh_ritz(
     """
     exact = known.to(torch.float64)
     v = torch.linalg.qr(without(right.double(), exact.vh.T)).Q
-    u, s, vh = torch.linalg.svd(without(image(a, v), exact.u), full_matrices=False)
+    u, s, vh = torch.linalg.svd(without(a.image(v), exact.u), full_matrices=False)
     return RankOneComponents(u=u, s=s, vh=vh @ v.T)
 
 
@@ -83,23 +85,23 @@ class _Krylov:
     """An orthonormal basis Q of the Krylov space of B^T B, and the Gram matrix of B Q."""
 
     def __init__(
-        self, a: Float[Tensor, "m n"], *, known: RankOneComponents, width: int, max_steps: int,
-        seed: int,
-    ) -> None:  # fmt: skip
+        self, a: Products, *, known: RankOneComponents, width: int, max_steps: int, seed: int
+    ) -> None:
         (m, n), k = a.shape, len(known)
         self.b, self.width, self.steps = Deflated(a, known.vh.T, known.u), width, 0
         # A block must fit beside what is there.
         self.max_steps = max(1, min(max_steps, (n - k) // width))
         # V, then Q: what new columns must be orthogonal to.
-        self._span = a.new_empty(n, k + self.max_steps * width)
+        like: dict[str, Any] = {"dtype": a.dtype, "device": a.device}
+        self._span = torch.empty(n, k + self.max_steps * width, **like)
         self._span[:, :k] = self.b.v
-        self._images = a.new_empty(m, self.max_steps * width)
-        self._gram = a.new_zeros(self.max_steps * width, self.max_steps * width)
+        self._images = torch.empty(m, self.max_steps * width, **like)
+        self._gram = torch.zeros(self.max_steps * width, self.max_steps * width, **like)
         self._num_known = k
         self._largest = float(known.s.max()) if k else 0.0
         generator = torch.Generator().manual_seed(seed)
         # Drawn on the CPU whatever the device, so that all start from the same columns.
-        start = torch.randn(n, width, generator=generator).to(a)
+        start = torch.randn(n, width, generator=generator).to(**like)
         self._next, self._coupling = torch.linalg.qr(start)
 
     def basis(self) -> Float[Tensor, "n b"]:

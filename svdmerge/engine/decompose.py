@@ -2,12 +2,13 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from svdmerge.core.params import Parameter
 from svdmerge.engine import tasks
 from svdmerge.engine.plan import Plan, Source, unit_bytes
+from svdmerge.engine.row_blocks import decompose_by_rows
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import select_units
 from svdmerge.progress import Progress
@@ -74,6 +75,7 @@ def _unit(
             for p, depth in wanted
         ),
         solver=plan.recipe.parameters.svd,
+        block_rows=plan.block_rows(wanted[0][0]),
     )
 
 
@@ -97,13 +99,25 @@ def decompose(
     """
     units, receipts = list(pending(plan, whole=whole)), list[tasks.Receipt]()
     for number in itertools.count():
-        receipts += runtime.map(tasks.decompose, units, stage="decompose", progress=progress)
+        receipts += _run(units, attempt=attempt, runtime=runtime, progress=progress)
         if whole or not plan.is_shared:
             break
         short = shortfalls(plan, attempt=f"{attempt}-{number}", runtime=runtime, progress=progress)
         units = list(_units(plan, partial(_depth, short)))
         if not units:
             break
+    return receipts
+
+
+def _run(
+    units: Sequence[tasks.DecomposeUnit], *, attempt: str, runtime: Runtime, progress: Progress
+) -> list[tasks.Receipt]:
+    """Receipts of units: those a task may hold first, then the others, block of rows by block."""
+    whole = [unit for unit in units if unit.block_rows is None]
+    by_rows = [unit for unit in units if unit.block_rows is not None]
+    receipts = runtime.map(tasks.decompose, whole, stage="decompose", progress=progress)
+    if by_rows:
+        receipts += decompose_by_rows(by_rows, attempt=attempt, runtime=runtime, progress=progress)
     return receipts
 
 

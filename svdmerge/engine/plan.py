@@ -5,16 +5,19 @@ import itertools
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from svdmerge.core.methods.registry import METHODS, Method, Takes
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
+from svdmerge.engine.memory import iteration_bytes
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import (
     FLOATING,
+    ITEM_BYTES,
+    TILE,
     TORCH_NAMES,
     Checkpoint,
     TensorRef,
@@ -104,6 +107,15 @@ class Plan:
         """The most components stored of each source: what it can give, in whole blocks."""
         return min(parameter.rank, -(-self.of_each(parameter) // BLOCK) * BLOCK)
 
+    def block_rows(self, parameter: Parameter) -> int | None:
+        """Rows of a block, where a matrix is decomposed in blocks of rows because no task may hold
+        it; by its shape alone. The exact solver has to hold it."""
+        entries = self.recipe.resources.max_matrix // 8
+        held = parameter.action is not Action.DECOMPOSE or parameter.numel <= entries
+        if held or self.recipe.parameters.svd == "exact":
+            return None
+        return max(1, entries // parameter.n)
+
     @property
     def is_shared(self) -> bool:
         """Whether sources compete for a budget, so that few of each may do."""
@@ -152,10 +164,11 @@ def make_plan(recipe: Recipe) -> Plan:
         sources=sources,
         actions=actions,
         parameters=parameters,
-        groups=tuple(_grouped(parameters, base=base)),
+        groups=(),
         hash=_hash(recipe, base=base, sources=sources, actions=actions),
         averaged_over=len(sources),
     )
+    plan = replace(plan, groups=tuple(_grouped(plan)))
     _check_memory(plan)
     return plan
 
@@ -186,9 +199,11 @@ def stored_bytes(parameter: Parameter, *, depth: int) -> int:
 
 
 def merge_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
-    """Peak memory of merging matrices in one unit, and twice what it stores (once encoded)."""
-    stored = sum(8 * plan.merged_depth(p) * (p.m + p.n) for p in parameters)
-    return stored + max(_merge_bytes(plan, p) for p in parameters)
+    """Peak memory of merging matrices in one unit: one beside what the others have become, then all
+    of them and what is stored, encoded twice on its way."""
+    merged = {p.id: 8 * plan.merged_depth(p) * (p.m + p.n) for p in parameters}
+    total = sum(merged.values())
+    return max(2 * total, *(_merge_bytes(plan, p) + total - merged[p.id] for p in parameters))
 
 
 def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
@@ -204,6 +219,8 @@ def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
 
 def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
     """Peak memory of a unit: its largest matrix, and twice what it stores (once encoded)."""
+    if plan.block_rows(parameters[0]) is not None:
+        return iteration_bytes(parameters[0], depth=plan.depth(parameters[0]))
     stored = sum(stored_bytes(p, depth=plan.depth(p)) for p in parameters)
     peak = max(decompose_bytes(p, depth=plan.depth(p)) for p in parameters)
     return peak + 2 * stored
@@ -217,17 +234,20 @@ def peak_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
 def write_bytes(plan: Plan) -> dict[str, int]:
     """Peak memory of writing each tensor of the output, by name.
 
-    What is copied is only read. Else an entry is held as read, decoded and in float64, then cast
-    (24 bytes at most), and the difference of one matrix at a time lies beside it in float64.
+    What is copied is only read. Else a tile's entries are held as read, decoded and in float64,
+    then cast (24 bytes at most), with their part of the difference in float64, and one matrix's
+    factors as stored, put together and in float64.
     """
-    largest: dict[str, int] = {}
+    factors: dict[str, int] = {}
     for p in plan.parameters:
         if p.action is not Action.EQUAL:
-            largest[p.tensor] = max(p.numel, largest.get(p.tensor, 0))
+            need = 16 * plan.merged_depth(p) * (p.m + p.n)
+            factors[p.tensor] = max(need, factors.get(p.tensor, 0))
     return {
-        name: 24 * ref.numel + 8 * largest.get(name, 0)
-        if name in largest or _is_cast(ref, plan.recipe.out_dtype)
-        else ref.nbytes
+        name: 32 * min(ref.numel, TILE) + factors[name]
+        if name in factors
+        else (24 if _is_cast(ref, plan.recipe.out_dtype) else ITEM_BYTES[ref.dtype])
+        * min(ref.numel, TILE)
         for name, ref in plan.base.tensors.items()
     }
 
@@ -318,19 +338,18 @@ def _refuse_same_ids(parameters: Sequence[Parameter]) -> None:
             )
 
 
-def _grouped(
-    parameters: Sequence[Parameter], *, base: Checkpoint
-) -> Iterator[tuple[Parameter, ...]]:
-    """Parameters in runs of about UNIT_BYTES of the base's bytes."""
+def _grouped(plan: Plan) -> Iterator[tuple[Parameter, ...]]:
+    """Parameters in runs of about UNIT_BYTES of the base's bytes; what no task may hold, alone."""
     group: list[Parameter] = []
     size = 0
-    for parameter in parameters:
-        ref = base.tensors[parameter.tensor]
-        size += parameter.numel * (ref.nbytes // max(1, ref.numel))
-        group.append(parameter)
-        if size >= UNIT_BYTES:
+    for parameter in plan.parameters:
+        ref = plan.base.tensors[parameter.tensor]
+        alone = plan.block_rows(parameter) is not None
+        if group and (alone or size >= UNIT_BYTES):
             yield tuple(group)
             group, size = [], 0
+        size += UNIT_BYTES if alone else parameter.numel * (ref.nbytes // max(1, ref.numel))
+        group.append(parameter)
     if group:
         yield tuple(group)
 

@@ -1,4 +1,7 @@
-"""Every function that runs on a worker: read, call core, write, return a small receipt."""
+"""Every function that runs on a worker: read, call core, write, return a small receipt.
+
+Those for a matrix that no worker may hold are in `row_tasks`.
+"""
 
 import resource
 import sys
@@ -28,7 +31,7 @@ from svdmerge.storage import layout, schema
 from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
-from svdmerge.storage.manifest import Committed, Covered, put_unit
+from svdmerge.storage.manifest import Commit, Committed, Covered, put_unit
 from svdmerge.storage.shards import Rows
 
 
@@ -71,6 +74,8 @@ class DecomposeUnit:
     """Components of each that are stored already."""
     items: tuple[Item, ...]
     solver: str
+    block_rows: int | None = None
+    """Rows of a block, where the only item is a matrix that no task may hold."""
 
 
 def decompose(unit: DecomposeUnit) -> Receipt:
@@ -82,22 +87,12 @@ def decompose(unit: DecomposeUnit) -> Receipt:
         StoreError: what is stored already is damaged.
     """
     start = time.perf_counter()
-    before = _load(unit.store, unit.base_key, unit.revision) if unit.first else None
+    before = load(unit.store, unit.base_key, unit.revision) if unit.first else None
     solved = [_decomposed(unit, item, before) for item in unit.items]
     # With the depths: another budget may reach the same last component with other matrices shorter.
     group = layout.group_key(f"{i.parameter.source_id} {i.wanted} {i.depth}" for i in unit.items)
     place = f"{group}/{unit.first}-{max(i.wanted for i in unit.items) - 1}"
-    commit = put_unit(
-        unit.store,
-        data_prefix=f"{layout.components_path(unit.base_key, unit.revision)}/{place}",
-        commit_path=f"{layout.commits_path(unit.base_key, unit.revision)}/{place}.json",
-        rows=[row for found, _ in solved if found for row in found.rows],
-        spectra=[spectrum for found, _ in solved if found for spectrum in found.spectra],
-        covered=[covered for _, covered in solved],
-        solver=unit.solver,
-        numerics=f"cpu/{torch.backends.cpu.get_cpu_capability()}/torch-{torch.__version__}"
-        f"/threads-{unit.threads}",
-    )
+    commit = commit_solved(unit, solved, place=place)
     return Receipt(
         name=unit.name,
         num_matrices=len(unit.items),
@@ -107,7 +102,25 @@ def decompose(unit: DecomposeUnit) -> Receipt:
         ),
         bytes_stored=commit.shard.size,
         seconds=time.perf_counter() - start,
-        peak_rss_bytes=_peak_rss_bytes(),
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def commit_solved(
+    unit: DecomposeUnit, solved: Sequence[tuple[Solved | None, Covered]], *, place: str
+) -> Commit:
+    """The commit of what was found of a unit's matrices, stored and in force."""
+    rows = f"/rows-{unit.block_rows}" if unit.block_rows else ""
+    return put_unit(
+        unit.store,
+        data_prefix=f"{layout.components_path(unit.base_key, unit.revision)}/{place}",
+        commit_path=f"{layout.commits_path(unit.base_key, unit.revision)}/{place}.json",
+        rows=[row for found, _ in solved if found for row in found.rows],
+        spectra=[spectrum for found, _ in solved if found for spectrum in found.spectra],
+        covered=[covered for _, covered in solved],
+        solver=unit.solver,
+        numerics=f"cpu/{torch.backends.cpu.get_cpu_capability()}/torch-{torch.__version__}"
+        f"/threads-{unit.threads}{rows}",
     )
 
 
@@ -122,7 +135,7 @@ def _decomposed(
     if p.action is Action.EQUAL:
         _check_equal(unit, item, source == base)
     else:
-        solved = _solved(unit, item, _delta(unit, item, source, base), digest, before)
+        solved = _solved(unit, item, _delta(item, source, base), digest, before)
     covered = Covered(
         parameter=p.source_id,
         first=unit.first,
@@ -149,7 +162,8 @@ def _solved(
         ) from error
 
 
-def _peak_rss_bytes() -> int:
+def peak_rss_bytes() -> int:
+    """The largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
@@ -167,7 +181,7 @@ def _check_equal(unit: DecomposeUnit, item: Item, same: bool) -> None:
         )
 
 
-def _delta(unit: DecomposeUnit, item: Item, source: bytes, base: bytes) -> torch.Tensor:
+def _delta(item: Item, source: bytes, base: bytes) -> torch.Tensor:
     shape = (item.parameter.m, item.parameter.n)
     start = item.parameter.start
     tensors = tuple(
@@ -175,24 +189,30 @@ def _delta(unit: DecomposeUnit, item: Item, source: bytes, base: bytes) -> torch
         for ref, data in ((item.source, source), (item.base, base))
     )
     for tensor, ref in zip(tensors, (item.source, item.base), strict=True):
-        if not all_finite(tensor):
-            raise ContentError(
-                f"{ref.folder.uri}/{ref.file}: {item.parameter.tensor} holds NaN or Inf",
-                f"{int((~torch.isfinite(tensor)).sum())} of its {tensor.numel()} values are not "
-                "finite; nothing of this unit was published.",
-                "Remove or repair the model.",
-            )
+        check_finite(tensor, ref)
     return delta(tensors[0], base=tensors[1])
+
+
+def check_finite(tensor: torch.Tensor, ref: TensorRef) -> None:
+    """Raise ContentError if what was read of a tensor holds NaN or Inf."""
+    if not all_finite(tensor):
+        raise ContentError(
+            f"{ref.folder.uri}/{ref.file}: {ref.name} holds NaN or Inf",
+            f"{int((~torch.isfinite(tensor)).sum())} of its {tensor.numel()} values are not "
+            "finite; nothing of this unit was published.",
+            "Remove or repair the model.",
+        )
 
 
 @lru_cache(maxsize=256)
 def _committed(store: Folder, base_key: str, revision: str, attempt: str) -> Committed:
     """A source's commits, read once per process and attempt: they only grow between attempts."""
     del attempt
-    return _load(store, base_key, revision)
+    return load(store, base_key, revision)
 
 
-def _load(store: Folder, base_key: str, revision: str) -> Committed:
+def load(store: Folder, base_key: str, revision: str) -> Committed:
+    """What the store holds of a source."""
     return Committed.load(
         store,
         commits=layout.commits_path(base_key, revision),
@@ -312,7 +332,7 @@ def factor(unit: FactorUnit) -> Receipt:
     )  # fmt: skip
     return Receipt(
         name=unit.name, num_matrices=len(unit.picks), bytes_read=0, bytes_stored=commit.shard.size,
-        seconds=time.perf_counter() - start, peak_rss_bytes=_peak_rss_bytes(),
+        seconds=time.perf_counter() - start, peak_rss_bytes=peak_rss_bytes(),
     )  # fmt: skip
 
 

@@ -36,6 +36,9 @@ TORCH_NAMES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
 }  # fmt: skip
+# Entries read at once of what is too large to be held: 8 MiB of bfloat16 are what a range read of
+# an object store is fast with, and a product of so many entries as fast as of more.
+TILE = 1 << 22
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
     "Convert it once where you trust it: "

@@ -193,6 +193,17 @@ class Folder:
         with _told(self, relative):
             self.fs.pipe_file(self.path(relative), data)
 
+    def put_scratch(self, relative: str, data: bytes) -> None:
+        """Write a file whole that nothing relies on after a crash: not waited for until it is on
+        the disk, which takes longer than the write."""
+        if not self.is_local:
+            self.put(relative, data)
+            return
+        with _told(self, relative), _temporary(Path(self.path(relative))) as (out, temporary):
+            out.write(data)
+            out.flush()
+            temporary.replace(self.path(relative))
+
     @contextlib.contextmanager
     def writing(self, relative: str) -> Generator[Any]:
         """A file to stream into: it appears when the block ends well, and never if it raises."""

@@ -36,3 +36,8 @@ def components_path(base: str, source: str) -> str:
 def run_path(plan_hash: str) -> str:
     """Folder of a run."""
     return f"runs/{plan_hash}"
+
+
+def scratch_path(attempt: str) -> str:
+    """Folder of what an attempt's tasks hand to each other; removed at its end."""
+    return f"scratch/{attempt}"

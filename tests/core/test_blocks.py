@@ -13,7 +13,8 @@ from torch import Tensor
 
 from svdmerge.comparison.decomposition import threshold_rounds
 from svdmerge.core import blocks
-from svdmerge.core.blocks import EXACT, WIDTH, Block, exact_block, next_block
+from svdmerge.core.block_shape import WIDTH
+from svdmerge.core.blocks import EXACT, Block, exact_block, next_block
 from svdmerge.core.components import RankOneComponents, concatenate, none
 
 # Above SMALL, so that Lanczos is what is tested.
