@@ -165,15 +165,10 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             return
         text = body.decode()
-        wanted = (
-            json.loads(text)["paths"]
-            if text.startswith("{")
-            else [
-                unquote(p.split("=", 1)[1].replace("+", " "))
-                for p in text.split("&")
-                if "paths=" in p
-            ]
-        )
+        if text.startswith("{"):
+            wanted = json.loads(text)["paths"]
+        else:
+            wanted = parse_qs(text).get("paths", [])
         listed: list[dict[str, Any]] = []
         for name in wanted:
             if name in commit[1]:
