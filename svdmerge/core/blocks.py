@@ -30,6 +30,10 @@ LANCZOS_SHARE = 1 / 16
 FLAT = 0.7
 # What a block says of its solver if that finds all that is left.
 EXACT = "exact"
+# And of one that was given in factors.
+FACTORED = "factored"
+# Where either was at work no values follow, whatever was stored of the vectors.
+COMPLETE = (EXACT, FACTORED)
 # Of eps * max(m, n) * s_0 in float64, below which nothing is left: what `exact` calls zero, with
 # the certificate's own rounding.
 NOTHING = 8.0

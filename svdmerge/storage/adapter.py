@@ -4,16 +4,20 @@ Read are PEFT's layout and the key styles of kohya's and diffusers' trainers. Wh
 that is no low-rank difference (DoRA's magnitudes, LoHa, LoKr, trained tokens) is refused by name.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from svdmerge.errors import CheckpointError
-from svdmerge.storage.adapter_names import Half, half_of, kohya_module, resolve
+from svdmerge.errors import CheckpointError, ContentError
+from svdmerge.storage.adapter_names import LOW_RANK, Half, half_of, kohya_module, resolve
 from svdmerge.storage.checkpoint import TensorRef, read_header
 from svdmerge.storage.filesystem import Folder
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MERGE = "Merge it into its base (`merge_and_unload().save_pretrained(...)`) and list that model."
@@ -42,9 +46,44 @@ class LowRank:
         return self.down.shape[0] if self.down else 1
 
     @property
+    def nbytes(self) -> int:
+        """What is read."""
+        return sum(ref.nbytes for ref in self.refs)
+
+    @property
     def refs(self) -> tuple[TensorRef, ...]:
         """All that is read, in a fixed order."""
         return tuple(ref for ref in (self.up, self.down, self.alpha) if ref is not None)
+
+    def read(self) -> "tuple[torch.Tensor, torch.Tensor, str]":
+        """Up (m, rank), with all scales in it, and down (rank, n), in float64 and as the base
+        stores the matrix, (1, n) if it is a vector; and sha256 of all that they depend on.
+
+        Raises:
+            ContentError: NaN or Inf in a factor.
+        """
+        import torch
+
+        digest = hashlib.sha256(f"{self.scale!r} {self.transposed}".encode())
+        read: dict[str, torch.Tensor] = {}
+        for ref in self.refs:
+            data = ref.read_bytes()
+            digest.update(data)
+            read[ref.name] = ref.decode(data).reshape(ref.shape).to(torch.float64)
+            if not torch.isfinite(read[ref.name]).all():
+                raise ContentError(
+                    f"{ref.folder.uri}/{ref.file}: {ref.name} holds NaN or Inf",
+                    "Nothing of this unit was published.",
+                    "Remove or repair the adapter.",
+                )
+        scale = self.scale * (float(read[self.alpha.name]) if self.alpha else 1.0)
+        up = read[self.up.name]
+        if self.down is None:
+            return torch.full((1, 1), scale, dtype=up.dtype), up.reshape(1, -1), digest.hexdigest()
+        up = scale * up.reshape(up.shape[:2])
+        down = read[self.down.name].reshape(self.rank, -1)
+        pair = (down.T, up.T) if self.transposed else (up, down)
+        return *pair, digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,20 +95,32 @@ class Adapter:
     unplaced: tuple[str, ...]
     """What it saved whole for modules that the base does not have, such as a head."""
     digest: str
+    """What its immutable revision follows from."""
 
 
-def adapter_file(folder: Folder) -> str | None:
-    """The weights file of a folder that holds an adapter and no model; None if it holds none."""
-    names = folder.names()
-    if CONFIG not in names:
+def adapter_file(place: Folder) -> tuple[Folder, str] | None:
+    """Folder and weights file of an adapter at a place; None if what lies there is none.
+
+    A place is a folder, PEFT's or one with a trainer's only file, or such a file.
+    """
+    names = place.names()
+    if place.stat() is None and CONFIG in names:
+        if WEIGHTS in names:
+            return place, WEIGHTS
+        raise CheckpointError(
+            f"{place.uri}: has {CONFIG} and no {WEIGHTS}",
+            "Only adapters in safetensors are read." if "adapter_model.bin" in names else "",
+            "Save it again with `save_pretrained(folder, safe_serialization=True)`.",
+        )
+    if place.stat() is not None:
+        folder, names = place.parent, [place.name]
+    else:
+        folder, names = place, [n for n in names if n.endswith(".safetensors")]
+    if len(names) != 1 or not names[0].endswith(".safetensors"):
         return None
-    if WEIGHTS in names:
-        return WEIGHTS
-    raise CheckpointError(
-        f"{folder.uri}: has {CONFIG} and no {WEIGHTS}",
-        "Only adapters in safetensors are read." if "adapter_model.bin" in names else "",
-        "Save it again with `save_pretrained(folder, safe_serialization=True)`.",
-    )
+    tensors, _, _ = read_header(folder, names[0])
+    halves = {half_of(name)[1] for name in tensors}
+    return (folder, names[0]) if halves & LOW_RANK else None
 
 
 def open_adapter(folder: Folder, file: str, *, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
@@ -79,7 +130,7 @@ def open_adapter(folder: Folder, file: str, *, shapes: Mapping[str, tuple[int, .
         CheckpointError: half of a pair is missing, ranks contradict each other or the
             configuration, a layer is none of the base's, or it is no LoRA.
     """
-    tensors, digest, _ = read_header(folder, file)
+    tensors, header, stat = read_header(folder, file)
     config = _config(folder) if folder.stat(CONFIG) is not None else None
     place = f"{folder.uri}/{file}"
     pairs: dict[str, dict[Half, TensorRef]] = {}
@@ -114,7 +165,16 @@ def open_adapter(folder: Folder, file: str, *, shapes: Mapping[str, tuple[int, .
         low_rank=low_rank,
         whole={tensor: whole[name] for name, tensor in placed.items() if tensor},
         unplaced=tuple(sorted(name for name, tensor in placed.items() if not tensor)),
-        digest=f"{digest}\0{json.dumps(config, sort_keys=True)}",
+        # As of checkpoints: places matter where versions are times.
+        digest="\0".join(
+            [
+                folder.uri if folder.is_local else "",
+                str(stat.size),
+                stat.version,
+                header,
+                json.dumps(config, sort_keys=True),
+            ]
+        ),
     )
 
 

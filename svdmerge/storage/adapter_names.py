@@ -18,6 +18,8 @@ class Half(StrEnum):
     FOREIGN = "foreign"  # of another kind of adapter
 
 
+# What only adapters have.
+LOW_RANK = frozenset({Half.DOWN, Half.UP, Half.TOKENS, Half.VECTORS})
 # Endings of keys, PEFT's first. `default` stands in files that were not saved by PEFT itself.
 _ENDINGS = (
     (re.compile(r"\.lora_A(\.default)?\.weight$"), Half.DOWN),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,8 @@ from svdmerge.storage.quantised import FP8, Scale, dequantised, scaled
 
 if TYPE_CHECKING:
     import torch
+
+    from svdmerge.storage.adapter import LowRank
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's own limit on headers.
@@ -121,6 +123,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any]
     revision: str
+    low_rank: "Mapping[str, LowRank]" = field(default_factory=dict[str, "LowRank"])
+    """Of an adapter: differences that come on top of the tensors, by name."""
+    is_partial: bool = False
+    """Whether a tensor that is not there is the base's: so it is in adapters."""
 
     @property
     def nbytes(self) -> int:

@@ -173,12 +173,10 @@ def adapter(folder: Path, rng: random.Random) -> None:
 
 def open_adapted(folder: Path) -> None:
     """Open an adapter and read each of its factors."""
-    place = Folder.at(folder)
-    file = adapter_file(place)
-    assert file is not None
-    for delta in open_adapter(place, file, shapes=SHAPES).low_rank.values():
-        for ref in delta.refs:
-            ref.read_bytes()
+    found = adapter_file(Folder.at(folder))
+    assert found is not None
+    for delta in open_adapter(*found, shapes=SHAPES).low_rank.values():
+        delta.read()
 
 
 KINDS: tuple[tuple[Callable[[Path, random.Random], None], Callable[[Path], None]], ...] = (

@@ -55,9 +55,9 @@ def read(folder: Path) -> Adapter:
     base = open_checkpoint(str(folder / "base"))
     shapes = {name: ref.shape for name, ref in base.tensors.items()}
     place = Folder.at(folder / "adapter")
-    file = adapter_file(place)
-    assert file is not None
-    return open_adapter(place, file, shapes=shapes)
+    found = adapter_file(place)
+    assert found is not None
+    return open_adapter(*found, shapes=shapes)
 
 
 def dense(delta: LowRank) -> Tensor:
