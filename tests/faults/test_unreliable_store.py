@@ -1,4 +1,4 @@
-"""A store that fails, breaks off, is slow or lies: the same bytes in the end, or a fault by name."""
+"""A store that fails, breaks off, is slow or lies: the same bytes, or a fault told by name."""
 
 from collections.abc import Generator
 from pathlib import Path
