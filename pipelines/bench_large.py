@@ -56,16 +56,15 @@ def measure(work: Path, *, rows: int, columns: int, k: str, memory: str) -> None
             "resources": {"memory": memory},
         }
     )
-    before = peak_rss_bytes()
     with open_runtime("local") as inner:
         runtime = Watched(inner)
-        own = own_rss_bytes(runtime, num=8)
+        own, before = own_rss_bytes(runtime, num=8), peak_rss_bytes()
         start = time.perf_counter()
         run = Run(recipe, runtime=runtime, progress=TerminalProgress())
         report = run.all()
         seconds = time.perf_counter() - start
     tensors = 2 * run.plan.base.nbytes
-    lines = [
+    lines: list[tuple[object, ...]] = [
         (
             name, stage.tasks, stage.passes, f"{stage.bytes_read / stage.passes / tensors:.3f}",
             size(stage.peak_rss_bytes), size(stage.peak_rss_bytes - own),

@@ -5,8 +5,9 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import (
@@ -79,6 +80,8 @@ class SourceModel(Section):
     model: str = Field(min_length=1)
     weight: PositiveFloat = 1.0
     """Scales this source's singular values and its share of the averages alike."""
+    quota: Annotated[float, BeforeValidator(parse_density)] = 1.0
+    """Share of each matrix's slots that it may take: floor(quota * budget + 1e-9), at least 1."""
 
 
 def _source(value: object) -> object:
@@ -93,8 +96,9 @@ class Parameters(Section):
     salience: Literal["sigma", "relative", "denoised", "target"] = "sigma"
     """What ranks components: the singular value, or that over the matrix's Frobenius norm, or the
     singular value in those sources alone that the target's examples ask for."""
-    scope: Literal["layer"] = "layer"
-    """Where components compete: within each matrix."""
+    scope: Literal["layer", "global"] = "layer"
+    """Where components compete: within each matrix, or for one budget (the sum of all matrices')
+    over all of them, of which a matrix takes from none to its rank."""
     scale: PositiveFloat | Literal["auto"] = 1.0
     """Strength of the whole merged difference: lambda of task arithmetic, alpha of Iso-C;
     `auto`: what the target's examples ask for."""
@@ -190,12 +194,17 @@ class TuneConfig(Section):
     Trained values, head, losses and every measurement stay float32."""
     learning_rate: PositiveFloat = 0.1
     """Of the singular values (AdamW, cosine)."""
-    head_learning_rate: PositiveFloat = 0.01
-    """Of the linear head."""
+    head_learning_rate: Annotated[float, Field(ge=0)] = 0.01
+    """Of the linear head; 0 freezes it where it starts, as AXIS was published with a frozen one."""
     seed: int = 0
     """Of the draw and of the order of examples."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Training processes (gloo on CPU, NCCL where each gets a GPU), or [least, most]: elastic."""
+    shard: bool = False
+    """Share the frozen weights out over the training processes (FSDP), for a base larger than one
+    device; the numbers stay. Costs two gatherings of every block a step, over the network between
+    nodes. Each process still reads the whole model into its own memory once, and the driver
+    measures features on its CPU."""
     use_gpu: bool = False
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints, at least."""
@@ -259,6 +268,9 @@ class TuneConfig(Section):
     def _fits_together(self) -> "TuneConfig":
         if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
             raise ValueError(f"num_workers: got {list(self.num_workers)}; expected [least, most]")
+        most = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+        if self.shard and most < 2:
+            raise ValueError("shard: one process has nobody to share with; raise num_workers")
         if self.loss != "cross_entropy" and self.task == "causal_lm":
             raise ValueError("loss: a language model trains on its next tokens; leave it out")
         return self
@@ -321,6 +333,10 @@ class Recipe(Section):
                 f"parameters.{unused[0]}: {self.merge_method} does not use it; "
                 f"it takes {', '.join(sorted(used))}"
             )
+        if "salience" not in used and any(m.quota < 1 for m in self.models):
+            raise ValueError(
+                f"models: {self.merge_method} takes as much of each source; leave `quota` out"
+            )
         if "density" in used and self.parameters.density is None:
             raise ValueError("parameters.density: got nothing; expected a share such as 20%")
         return self
@@ -341,6 +357,11 @@ class Recipe(Section):
             raise ValueError(
                 f"parameters: {self.merge_method} takes no `salience: target` or `scale: auto`; "
                 "use axis"
+            )
+        if self.is_targeted and self.parameters.scope == "global":
+            raise ValueError(
+                "parameters: `salience: target` and `scale: auto` weigh sources matrix by matrix; "
+                "leave `scope: global` out"
             )
         return self
 
@@ -378,6 +399,11 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong; every fault
             is named, unknown keys with the nearest known one.
     """
+    return parse_recipe(load_mapping(path), origin=str(path))
+
+
+def load_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises: RecipeError, if it cannot be read or is none."""
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -387,37 +413,52 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: not valid YAML", str(error), "Correct the file.") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: holds {type(raw).__name__}", "A recipe is a mapping of keys.")
-    return parse_recipe(cast(dict[str, Any], raw), origin=str(path))
+    return cast(dict[str, Any], raw)
 
 
 def parse_recipe(raw: dict[str, Any], *, origin: str = "recipe") -> Recipe:
     """The recipe in a mapping. Raises: RecipeError, as `load_recipe`."""
+    return parse_section(Recipe, raw, origin=origin, sections=_SECTIONS)
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "parameters": Parameters,
+    "policies": PolicyRule,
+    "models": SourceModel,
+    "resources": Resources,
+    "tune": TuneConfig,
+}
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def parse_section(
+    kind: type[AnySection],
+    raw: dict[str, Any],
+    *,
+    origin: str,
+    sections: Mapping[str, type[Section]],
+) -> AnySection:
+    """A mapping validated; `sections` tells which keys are known below each of its own.
+
+    Raises:
+        RecipeError: every fault is named, unknown keys with the nearest known one.
+    """
     try:
-        return Recipe.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        faults = [_explain(fault) for fault in error.errors()]
+        faults = [_explain(fault, kind, sections) for fault in error.errors()]
         raise RecipeError(f"{origin}: {faults[0]}", *["; ".join(faults[1:])]) from None
 
 
-def _explain(fault: Any) -> str:
+def _explain(
+    fault: Any, kind: type[Section] = Recipe, sections: Mapping[str, type[Section]] = _SECTIONS
+) -> str:
     place = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("function-"))
     if fault["type"] != "extra_forbidden":
         text = fault["msg"].removeprefix("Value error, ")
         return f"{place}: {text}" if place else text
-    section, key = _section_at(fault["loc"][:-1]), str(fault["loc"][-1])
+    loc, key = fault["loc"][:-1], str(fault["loc"][-1])
+    section = list((sections.get(str(loc[0]), kind) if loc else kind).model_fields)
     near = difflib.get_close_matches(key, section, n=1)
     known = f"the nearest is `{near[0]}`" if near else f"known keys: {', '.join(sorted(section))}"
     return f"{place}: unknown key; {known}"
-
-
-def _section_at(loc: tuple[str | int, ...]) -> list[str]:
-    """Keys known at a place of the recipe."""
-    sections: dict[str, type[Section]] = {
-        "parameters": Parameters,
-        "policies": PolicyRule,
-        "models": SourceModel,
-        "resources": Resources,
-        "tune": TuneConfig,
-    }
-    kind = sections.get(str(loc[0]), Recipe) if loc else Recipe
-    return list(kind.model_fields)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdmerge.core.evidence import bootstrap_interval
+from svdmerge.core.evidence import bootstrap_interval, standard_error, surely_better
 from svdmerge.core.gate import Mix, gate
 from svdmerge.core.params import Action
 from svdmerge.engine.decompose import load_source
+from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import choose_components, picks
@@ -40,11 +41,13 @@ class SourceRank:
     gain: float
     low: float
     high: float
-    """The gain's 95 % bootstrap interval."""
+    """The gain's 95 % bootstrap interval, of this source alone."""
+    sure: bool
+    """Whether it helps for sure, the claims on all sources together being right in 95 %."""
     seconds: float
     noise: bool
-    """Whether nothing of its change stands above noise: such a source is never merged, however
-    well a few examples happen to speak of it."""
+    """Whether nothing of its change stands above noise: such a source is merged only where it
+    helps for sure, for one of many is always lucky."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,8 @@ class Considered:
 
     mix: Mix
     loss: float
+    error: float | None
+    """Standard error of the paired difference to the chosen one's; None of a single example."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +95,8 @@ class Adaptation:
         return Adaptation(
             chosen=_mix(raw["chosen"]),
             considered=tuple(
-                Considered(mix=_mix(c["mix"]), loss=c["loss"]) for c in raw["considered"]
+                Considered(mix=_mix(c["mix"]), loss=c["loss"], error=c["error"])
+                for c in raw["considered"]
             ),
             verdict=raw["verdict"],
         )
@@ -108,15 +114,16 @@ class Targeting:
     """
 
     def __init__(
-        self, plan: Plan, config: TuneConfig, *, runtime: Runtime, progress: Progress, attempt: str
+        self, plan: Plan, config: TuneConfig, *, runtime: Runtime, progress: Progress
     ) -> None:
         self._plan, self._config = plan, config
-        self._runtime, self._progress, self._attempt = runtime, progress, attempt
+        self._runtime, self._progress = runtime, progress
         examples = judged_examples(config, base=plan.base)
         self._digest, self.num_examples = examples.digest(), len(examples)
         self._base: Tensor | None = None
         self._sources: dict[str, Tensor] = {}
         self._noise = noise_only(plan)
+        self._inventory = take_inventory(plan, runtime=runtime, progress=progress)
 
     def rank(self) -> Ranking:
         """Sources by their help.
@@ -132,14 +139,17 @@ class Targeting:
         base, *losses = [torch.tensor(j.losses[0], dtype=torch.float64) for j in found]
         self._base = base
         ranks: list[SourceRank] = []
-        for source, loss, judged in zip(plan.sources, losses, found[1:], strict=True):
+        sure = surely_better(torch.stack([base - loss for loss in losses]))
+        for source, loss, judged, is_sure in zip(
+            plan.sources, losses, found[1:], sure, strict=True
+        ):
             self._sources[source.revision] = loss
             low, high = bootstrap_interval(base - loss)
             ranks.append(
                 SourceRank(
                     name=source.reference, revision=source.revision, loss=float(loss.mean()),
-                    gain=float((base - loss).mean()), low=low, high=high, seconds=judged.seconds,
-                    noise=source.revision in self._noise,
+                    gain=float((base - loss).mean()), low=low, high=high, sure=is_sure,
+                    seconds=judged.seconds, noise=source.revision in self._noise,
                 )
             )  # fmt: skip
         ranks.sort(key=lambda r: (r.loss, r.revision))
@@ -157,24 +167,27 @@ class Targeting:
         Sources must be ranked before.
         """
         assert self._base is not None
-        heard = {r: loss for r, loss in self._sources.items() if r not in self._noise}
-        chosen, losses = gate(heard, base=self._base, judge=self._judge_mixes)
-        considered = [Considered(mix=m, loss=float(x.mean())) for m, x in losses.items()]
+        chosen, losses = gate(
+            self._sources, base=self._base, judge=self._judge_mixes, doubted=self._noise
+        )
         return Adaptation(
             chosen=chosen,
-            considered=tuple(considered),
-            verdict=self._told(chosen, loss=float(losses[chosen].mean())),
+            considered=tuple(
+                Considered(mix=m, loss=float(x.mean()), error=_error(x - losses[chosen]))
+                for m, x in losses.items()
+            ),
+            verdict=self._told(chosen, gains=self._base - losses[chosen]),
         )
 
-    def _told(self, chosen: Mix, *, loss: float) -> str:
-        assert self._base is not None
+    def _told(self, chosen: Mix, *, gains: Tensor) -> str:
         if not chosen.shares:
             return "No source helps this target: the base model is kept as it is."
         names = {s.revision: s.reference for s in self._plan.sources}
         parts = ", ".join(f"{names[r]} {w:.3g}" for r, w in chosen.weights.items())
         return (
             f"{len(chosen.shares)} of {len(names)} sources, strength {chosen.total:.3g} in all: "
-            f"held-out loss {loss:.4f}, base {float(self._base.mean()):.4f} ({parts})."
+            f"held-out loss {float(gains.mean()):.4f} below the base's, standard error "
+            f"{_error(gains) or 0.0:.4f} ({parts})."
         )
 
     def _judge_mixes(self, mixes: Sequence[Mix]) -> list[Tensor]:
@@ -236,7 +249,7 @@ class Targeting:
 
     def _merged(self, shares: Mapping[str, float]) -> Blend:
         return blend_of(
-            gated(self._plan, shares, total=1.0), attempt=self._attempt, runtime=self._runtime,
+            gated(self._plan, shares, total=1.0), self._inventory, runtime=self._runtime,
             progress=self._progress,
         )  # fmt: skip
 
@@ -268,6 +281,10 @@ class Targeting:
         ]
 
 
+def _error(differences: Tensor) -> float | None:
+    return standard_error(differences) if len(differences) > 1 else None
+
+
 def noise_only(plan: Plan) -> set[str]:
     """Revisions of the sources whose changes are noise alone, by their stored spectra.
 
@@ -277,23 +294,27 @@ def noise_only(plan: Plan) -> set[str]:
 
 
 def _verdict(every: Sequence[SourceRank]) -> str:
+    if all(r.low == r.gain == r.high == 0.0 for r in every):
+        return (
+            "The examples tell nothing: held out, every model fails on them alike. "
+            "Give two or more of each class, and different ones."
+        )
+    if sure := [r.name for r in every if r.sure]:
+        return f"{len(sure)} of {len(every)} sources help this target, most of all {sure[0]}."
     ranks = [r for r in every if not r.noise]
     if not ranks:
         return "None helps: every source's change is noise alone."
-    sure = [r.name for r in ranks if r.low > 0]
-    if sure:
-        return f"{len(sure)} of {len(every)} sources help this target, most of all {ranks[0].name}."
     if ranks[0].gain > 0:
         return (
             f"None helps for certain: {ranks[0].name} looks best, "
-            "yet its interval includes no gain."
+            f"yet the best of {len(every)} useless ones may do as well by luck."
         )
     return "None helps: the base model serves this target best."
 
 
-def blend_of(plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress) -> Blend:
+def blend_of(plan: Plan, inventory: Inventory, *, runtime: Runtime, progress: Progress) -> Blend:
     """The merge of a plan's sources at strength 1, as assembling it would make it."""
-    table = choose_components(plan, attempt=attempt, runtime=runtime, progress=progress)
+    table = choose_components(plan, inventory, runtime=runtime, progress=progress)
     chosen = picks(plan, table)
     return Blend(
         store=plan.store,

@@ -27,9 +27,9 @@ ROWS = 1024
 def make_pair(root: Path, *, m: int, n: int) -> tuple[Path, Path]:
     """Folders of a base and a fine-tune in bfloat16: a change whose singular values fall by a power
     law, and the rounding of the weights."""
-    generator = torch.Generator().manual_seed(0)
-    u, v = (torch.linalg.qr(torch.randn(d, RANK, generator=generator)).Q for d in (m, n))
-    s = LARGEST * torch.arange(1, RANK + 1) ** -EXPONENT
+    generator, rank = torch.Generator().manual_seed(0), min(RANK, m, n)
+    u, v = (torch.linalg.qr(torch.randn(d, rank, generator=generator)).Q for d in (m, n))
+    s = LARGEST * torch.arange(1, rank + 1) ** -EXPONENT
     return (
         _write(root / "base", _weights(m, n)),
         _write(root / "source", _weights(m, n), u=u * s, vh=v.T),

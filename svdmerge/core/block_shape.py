@@ -11,7 +11,7 @@ WIDTH = 16
 BLOCK_SHARE = 1 / 80
 # Steps of Lanczos at most: a basis of a quarter of the rank, yet enough for small matrices. Power
 # laws of exponent 0.6 to 0.9 need six to eight.
-MIN_STEPS, BASIS_SHARE = 10, 1 / 4
+MIN_STEPS, BASIS_SHARE = 12, 1 / 4
 
 
 def block_width(rank: int) -> int:

@@ -5,8 +5,7 @@ solver makes it follows from the shape and those blocks alone. So a store deepen
 the numbers of one that was filled at once, whoever filled it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,39 +14,26 @@ from torch import Tensor
 
 from svdmerge.core import svd
 from svdmerge.core.block_shape import WIDTH, block_width, max_steps
-from svdmerge.core.certificate import remainder_bound
-from svdmerge.core.components import RankOneComponents, concatenate, none
-from svdmerge.core.lanczos import leading, rayleigh_ritz
+from svdmerge.core.certified import Block, lanczos_attempts
+from svdmerge.core.components import RankOneComponents, none
+from svdmerge.core.gram import by_gram
+from svdmerge.core.lanczos import FLAT
 from svdmerge.core.products import Dense, Products
 
 # Smaller sides go to the exact solver: it takes no longer there.
 SMALL = 128
-# Share of the rank from which on the exact solver takes what is left: a block costs about 1 / 15 of
-# it at rank 768 and falls with the rank, so that what was spent before stays below a quarter.
+# Share of the rank from which on the exact solver takes what is left: a block costs about 1 / 10 of
+# it at rank 768 and falls with the rank.
 LANCZOS_SHARE = 1 / 16
-# A spectrum whose sixteenth value is above this share of the first does not fall: finding where it
-# ends takes as much as a full SVD. Of Gaussian noise it is 0.95, of differences measured 0.2.
-FLAT = 0.7
+# Stored blocks of which the last is not full ended where values fell too slowly for Lanczos, if
+# their last value is above this share of the first: far above what float32 can reach.
+SLOW = 0.1
 # What a block says of its solver if that finds all that is left.
 EXACT = "exact"
 # And of one that was given in factors.
 FACTORED = "factored"
 # Where either was at work no values follow, whatever was stored of the vectors.
 COMPLETE = (EXACT, FACTORED)
-# Of eps * max(m, n) * s_0 in float64, below which nothing is left: what `exact` calls zero, with
-# the certificate's own rounding.
-NOTHING = 8.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Block:
-    """Components that follow those stored, and what bounds all that follow these."""
-
-    components: RankOneComponents
-    """float64, values descending and positive. All that are left, of an exact solver."""
-    bound: float
-    """On every singular value after these. Zero if there are none; fails with probability 1e-9."""
-    solver: str
 
 
 def next_block(
@@ -55,12 +41,13 @@ def next_block(
 ) -> Block:
     """The block after those stored (none: the first). `fro` is ||delta||_F.
 
-    Solvers in turn: Lanczos in float32, in float64 where that reaches nothing, then LAPACK.
+    Solvers in turn: Lanczos in float32, in float64 where that cannot see what is left, then the
+    exact one.
     """
     if delta.shape[0] < delta.shape[1]:
-        turned = next_block(delta.T, stored=_turned(stored), fro=fro, parameter=parameter)
-        found = svd.fix_signs(_turned(turned.components))
-        return Block(components=found, bound=turned.bound, solver=turned.solver)
+        return _turned_block(
+            next_block(delta.T, stored=_turned(stored), fro=fro, parameter=parameter)
+        )
     n = delta.shape[1]
     if fro > 0.0 and len(stored) < n and _is_exact(n, s=stored.s):
         return exact_block(delta, stored=stored)
@@ -71,53 +58,69 @@ def next_block(
     return found or exact_block(delta, stored=stored)
 
 
+def first_blocks(
+    deltas: Float[Tensor, "b m n"], *, fros: Sequence[float], parameters: Sequence[str]
+) -> list[Block]:
+    """The first block of each of a stack of matrices: as by `next_block` of each, but for the
+    rounding of products of stacks."""
+    _, m, n = deltas.shape
+    if m < n:
+        turned = first_blocks(deltas.mT, fros=fros, parameters=parameters)
+        return [_turned_block(block) for block in turned]
+    nothing = none(m, n).to(torch.float64)
+    if n <= SMALL:
+        return [
+            next_block(delta, stored=nothing, fro=fro, parameter=parameter)
+            for delta, fro, parameter in zip(deltas, fros, parameters, strict=True)
+        ]
+    attempts = lanczos_attempts(
+        Dense(deltas, torch.float32), nothing, fros=fros, steps=max_steps(n),
+        seeds=[svd.seed_of(p, m=m, n=n, block=0) for p in parameters],
+    )  # fmt: skip
+    return [
+        Block(components=nothing, bound=0.0, solver="none") if fro == 0.0
+        else attempt.block if attempt.block.reaches()
+        else exact_block(delta, stored=nothing)
+        for attempt, delta, fro in zip(attempts, deltas, fros, strict=True)
+    ]  # fmt: skip
+
+
 def lanczos_block(
     products: Callable[[torch.dtype], Products], *, shape: tuple[int, ...],
     stored: Callable[[], RankOneComponents], fro: float, parameter: str,
-    steps: Callable[[torch.dtype], int],
+    steps: Callable[[torch.dtype], int], restarts: int = 0,
 ) -> Block | None:  # fmt: skip
     """The block after those stored, of a matrix known by its products; None where Lanczos reaches
     nothing. The stored components are read when needed, for they can outweigh all else; `steps` are
-    those at most of Lanczos in a dtype.
+    those at most of Lanczos in a dtype. Without `restarts` (see `leading`) an exact solver follows.
     """
     (m, n), known = shape, stored()
     if fro == 0.0 or len(known) >= min(m, n):
         return Block(components=none(m, n).to(torch.float64), bound=0.0, solver="none")
-    seed = svd.seed_of(parameter, m=m, n=n, block=len(known))
+    attempt = partial(
+        lanczos_attempts, fros=[fro], restarts=restarts,
+        seeds=[svd.seed_of(parameter, m=m, n=n, block=len(known))],
+    )  # fmt: skip
     a = products(torch.float32)
-    block = _iterated(a, known, fro=fro, seed=seed, steps=steps(a.dtype))
-    if len(block.components) or block.bound == 0.0:
-        return block
-    del known
-    # In float64 without what the rounding of stored vectors leaves of them in the difference.
-    a = products(torch.float64)
-    block = _iterated(a, _polished(a, stored()), fro=fro, seed=seed, steps=steps(a.dtype))
-    return block if len(block.components) or block.bound == 0.0 else None
+    (found,) = attempt(a, known, steps=steps(a.dtype))
+    if not found.block.reaches() and (restarts or found.is_hidden):
+        del known
+        # In float64 without what the rounding of stored vectors leaves of them in the difference.
+        a = products(torch.float64)
+        (found,) = attempt(a, _polished(a, stored()), steps=steps(a.dtype))
+    return found.block if found.block.reaches() else None
 
 
 def exact_block(delta: Float[Tensor, "m n"], *, stored: RankOneComponents) -> Block:
-    """All components that follow those stored, by LAPACK in float64."""
+    """All components that follow those stored, in float64."""
     return Block(components=_rest(delta, stored), bound=0.0, solver=EXACT)
 
 
 def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:
     """Whether the exact solver takes what follows, by the smaller side and the stored values."""
     flat = len(s) >= WIDTH and bool(s[WIDTH - 1] > FLAT * s[0])
-    return n <= SMALL or flat or len(s) >= LANCZOS_SHARE * n
-
-
-def _iterated(a: Products, known: RankOneComponents, *, fro: float, seed: int, steps: int) -> Block:
-    """The block by Lanczos; maybe empty."""
-    (m, n), rank = a.shape, min(a.shape)
-    width = min(block_width(rank), rank - len(known))
-    right = leading(a, known=known, width=width, max_steps=steps, seed=seed)
-    found = svd.fix_signs(rayleigh_ritz(a, right, known))
-    every = concatenate([known.to(torch.float64), found])
-    bound = remainder_bound(a, known=every, fro=fro, seed=seed + 1)
-    largest = float(every.s.max()) if len(every) else 0.0
-    floor = NOTHING * torch.finfo(torch.float64).eps * max(m, n) * largest
-    solver = f"lanczos {str(a.dtype).removeprefix('torch.')}"
-    return Block(components=found, bound=bound if bound > floor else 0.0, solver=solver)
+    slow = len(s) % block_width(n) != 0 and bool(s[-1] > SLOW * s[0])
+    return n <= SMALL or flat or slow or len(s) >= LANCZOS_SHARE * n
 
 
 def _polished(a: Products, stored: RankOneComponents) -> RankOneComponents:
@@ -130,16 +133,22 @@ def _polished(a: Products, stored: RankOneComponents) -> RankOneComponents:
 
 
 def _rest(delta: Float[Tensor, "m n"], stored: RankOneComponents) -> RankOneComponents:
-    """All components that are left, by LAPACK."""
+    """All components that are left."""
     if len(stored) == 0:
-        found = svd.exact(delta)
+        found = by_gram(delta)
         return found.slice(0, int((found.s > 0).sum()))
     known, a = _polished(Dense(delta, torch.float64), stored), delta.to(torch.float64)
     a = a - known.u @ (known.u.T @ a)
-    found = svd.exact(a - (a @ known.vh.T) @ known.vh)
+    found = by_gram(a - (a @ known.vh.T) @ known.vh)
     floor = torch.finfo(torch.float64).eps * max(a.shape) * float(known.s[0])
     left = min(int((found.s > floor).sum()), min(a.shape) - len(stored))
     return found.slice(0, left)
+
+
+def _turned_block(block: Block) -> Block:
+    """The block of the transpose."""
+    found = svd.fix_signs(_turned(block.components))
+    return Block(components=found, bound=block.bound, solver=block.solver)
 
 
 def _turned(c: RankOneComponents) -> RankOneComponents:

@@ -14,15 +14,17 @@ class Deflated:
     """
 
     def __init__(
-        self, a: Products, v: Float[Tensor, "n k"], u: Float[Tensor, "m k"] | None = None
+        self, a: Products, v: Float[Tensor, "*b n k"], u: Float[Tensor, "m k"] | None = None
     ) -> None:
         self.a, self.v = a, v.to(a.dtype)
         # Nothing to take off costs no pass over A.
-        self.u = None if u is None or u.shape[1] == 0 else u.to(a.dtype)
+        self.u = None if u is None or u.shape[-1] == 0 else u.to(a.dtype)
         # A^T U: what A^T gives for the part of y along U, which is then taken off afterwards.
         self._pulled = None if self.u is None else a.pulled(self.u)
 
-    def step(self, x: Float[Tensor, "n b"]) -> tuple[Float[Tensor, "m b"], Float[Tensor, "n b"]]:
+    def step(
+        self, x: Float[Tensor, "*b n w"]
+    ) -> tuple[Float[Tensor, "*b m w"], Float[Tensor, "*b n w"]]:
         """B x and B^T B x, for x orthogonal to V."""
         y, z = self.a.step(x)
         if self.u is not None and self._pulled is not None:
@@ -31,6 +33,6 @@ class Deflated:
         return y, without(z, self.v)
 
 
-def without(x: Float[Tensor, "n b"], directions: Float[Tensor, "n k"]) -> Float[Tensor, "n b"]:
+def without(x: Float[Tensor, "*b n w"], directions: Float[Tensor, "*c n k"]) -> Tensor:
     """x less its part along orthonormal directions."""
-    return x if directions.shape[1] == 0 else x - directions @ (directions.T @ x)
+    return x if directions.shape[-1] == 0 else x - directions @ (directions.mT @ x)

@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core import svd
-from svdmerge.core.blocks import FACTORED, Block
+from svdmerge.core.blocks import FACTORED
+from svdmerge.core.certified import Block
 from svdmerge.core.components import RankOneComponents
 from svdmerge.core.merge import recompress
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
-from svdmerge.core.products import DOUBLED
+from svdmerge.core.products import doubled_tiles
 
 # Of rows' and of columns' norms, the quantile that stands for all: a few outlying rows, whose own
 # direction a singular value is for, must not hide the rest.
@@ -44,7 +44,7 @@ def noise_edge(delta: Float[Tensor, "m n"], *, leading: RankOneComponents) -> fl
     """The edge of a difference's noise, by its rows' and columns' norms: see `edge_of`."""
     if delta.numel() == 0:
         return 0.0
-    return edge_of(squared_norms(delta.split(DOUBLED), n=delta.shape[1]), leading=leading)
+    return edge_of(squared_norms(doubled_tiles(delta), n=delta.shape[1]), leading=leading)
 
 
 def edge_of(norms: SquaredNorms, *, leading: RankOneComponents) -> float:

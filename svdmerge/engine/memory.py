@@ -4,8 +4,15 @@ from svdmerge.core.block_shape import BASIS_SHARE, block_width, max_steps, steps
 from svdmerge.core.params import Parameter
 from svdmerge.storage.checkpoint import TILE
 
-# Bytes an entry of a tile takes: both tensors as read and decoded, in float64, their difference.
-TILE_BYTES = 48
+# Bytes an entry of a tile takes: both tensors as read and decoded, in float64, their difference,
+# and what a worker keeps of them.
+TILE_BYTES = 64
+
+
+def by_rows_bytes(parameter: Parameter, *, depth: int, block_rows: int) -> int:
+    """Peak memory of a matrix in blocks of rows: of Lanczos, or of a task with most columns."""
+    part = pass_bytes(m=block_rows, n=parameter.n, columns=depth, itemsize=8)
+    return max(iteration_bytes(parameter, depth=depth), part, survey_bytes(parameter.n))
 
 
 def iteration_bytes(parameter: Parameter, *, depth: int) -> int:

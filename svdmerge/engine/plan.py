@@ -10,9 +10,9 @@ from importlib.metadata import version
 
 from svdmerge.core.methods.registry import METHODS, Method, Takes
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
-from svdmerge.engine.memory import iteration_bytes
+from svdmerge.engine.memory import by_rows_bytes
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
-from svdmerge.recipe import Recipe, TuneConfig
+from svdmerge.recipe import Recipe, SourceModel, TuneConfig
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import (
     FLOATING,
@@ -38,6 +38,8 @@ class Source:
 
     reference: str
     weight: float
+    quota: float
+    """Share of each matrix's slots that it may take."""
     checkpoint: Checkpoint
     ignored: tuple[str, ...]
     """Tensors that the base does not have: they have no place in the output."""
@@ -112,7 +114,20 @@ class Plan:
 
     def depth(self, parameter: Parameter) -> int:
         """The most components stored of each source: what it can give, in whole blocks."""
-        return min(parameter.rank, -(-self.of_each(parameter) // BLOCK) * BLOCK)
+        return in_blocks(self.of_each(parameter), parameter)
+
+    def depth_for(self, parameter: Parameter, wanted: int) -> int:
+        """The same where so many are wanted: more only where matrices compete."""
+        return max(self.depth(parameter), in_blocks(wanted, parameter))
+
+    def deepest(self, parameter: Parameter) -> int:
+        """The most components that can ever be stored of a source for this recipe."""
+        return parameter.rank if self.is_global else self.depth(parameter)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether all matrices compete for one budget: one keeps anything from 0 to its rank."""
+        return self.recipe.parameters.scope == "global"
 
     def block_rows(self, parameter: Parameter) -> int | None:
         """Rows of a block, where a matrix is decomposed in blocks of rows because no task may hold
@@ -121,7 +136,8 @@ class Plan:
         held = parameter.action is not Action.DECOMPOSE or parameter.numel <= entries
         if held or self.recipe.parameters.svd == "exact":
             return None
-        return max(1, entries // parameter.n)
+        num_blocks = -(-parameter.m // max(1, entries // parameter.n))
+        return -(-parameter.m // num_blocks)  # all about as high, for the last one is waited for
 
     @property
     def is_shared(self) -> bool:
@@ -130,6 +146,8 @@ class Plan:
 
     def num_given(self, parameter: Parameter) -> int:
         """The most components that all sources together give."""
+        if self.is_global:
+            return parameter.rank
         pooled = self.method.takes is Takes.POOLED
         return self.of_each(parameter) * (1 if pooled else len(self.sources))
 
@@ -138,6 +156,11 @@ class Plan:
         if parameter.action is Action.DECOMPOSE:
             return min(self.num_given(parameter), parameter.rank)
         return min(parameter.m, parameter.n) if parameter.is_factored else 1
+
+
+def in_blocks(depth: int, parameter: Parameter) -> int:
+    """So many components of a matrix, in whole blocks."""
+    return min(parameter.rank, -(-depth // BLOCK) * BLOCK)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -153,7 +176,7 @@ def make_plan(recipe: Recipe) -> Plan:
     actions = {name: _action(recipe, base, ref) for name, ref in base.tensors.items()}
     sources = tuple(
         sorted(
-            (_source(m.model, weight=m.weight, base=base, actions=actions) for m in recipe.models),
+            (_source(m, base=base, actions=actions) for m in recipe.models),
             key=lambda s: s.revision,
         )
     )
@@ -226,10 +249,10 @@ def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
 
 def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
     """Peak memory of a unit: its largest matrix, and twice what it stores (once encoded)."""
-    if plan.block_rows(parameters[0]) is not None:
-        return iteration_bytes(parameters[0], depth=plan.depth(parameters[0]))
-    stored = sum(stored_bytes(p, depth=plan.depth(p)) for p in parameters)
-    peak = max(decompose_bytes(p, depth=plan.depth(p)) for p in parameters)
+    if (rows := plan.block_rows(parameters[0])) is not None:
+        return by_rows_bytes(parameters[0], depth=plan.deepest(parameters[0]), block_rows=rows)
+    stored = sum(stored_bytes(p, depth=plan.deepest(p)) for p in parameters)
+    peak = max(decompose_bytes(p, depth=plan.deepest(p)) for p in parameters)
     return peak + 2 * stored
 
 
@@ -276,9 +299,8 @@ def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
     )
 
 
-def _source(
-    reference: str, *, weight: float, base: Checkpoint, actions: Mapping[str, Action]
-) -> Source:
+def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Action]) -> Source:
+    reference = model.model
     source, unplaced = open_source(reference, base=base)
     wanted = [name for name, action in actions.items() if action is not Action.BASE]
     missing = [n for n in wanted if n not in source.tensors and not source.is_partial]
@@ -304,7 +326,8 @@ def _source(
         )
     return Source(
         reference=reference,
-        weight=weight,
+        weight=model.weight,
+        quota=model.quota,
         checkpoint=source,
         ignored=tuple(sorted({*unplaced, *(set(source.tensors) - set(base.tensors))})),
     )
@@ -394,7 +417,7 @@ def _hash(
         # Copied to the output, and no part of the weights' revision.
         "config": base.config,
         "actions": actions,
-        "sources": [(s.revision, s.weight) for s in sources],
+        "sources": [(s.revision, s.weight, s.quota) for s in sources],
         "recipe": recipe.numeric_digest(),
         "numerics": numerics_class(recipe.resources.threads),
         "schema": layout.SCHEMA_VERSION,

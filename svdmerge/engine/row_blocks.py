@@ -5,8 +5,11 @@ step. Vectors travel as scratch objects of the store, and parts are added in the
 the same bits for any number of workers.
 """
 
+import threading
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +24,7 @@ from svdmerge.engine import row_tasks
 from svdmerge.engine.memory import pass_bytes, survey_bytes
 from svdmerge.engine.plan import decompose_bytes
 from svdmerge.engine.row_tasks import Pass, PassReceipt, RowBlock, Survey, get_tensors, put_tensors
-from svdmerge.engine.runtime import Runtime, call
+from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.solve import known_of, stored_of, to_store
 from svdmerge.engine.tasks import DecomposeUnit, Receipt, commit_solved, load, peak_rss_bytes
 from svdmerge.errors import ResourceError, SolverError
@@ -29,6 +32,14 @@ from svdmerge.progress import SILENT, Progress
 from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.manifest import Covered
+
+# Times that Lanczos starts again where no solver can take over: the leading values of noise, a
+# thousandth of themselves apart, converge after one or two.
+RESTARTS = 8
+
+
+class _Stopped(Exception):
+    """Another matrix failed, or the run was interrupted."""
 
 
 class Rows:
@@ -38,12 +49,13 @@ class Rows:
 
     def __init__(
         self, unit: DecomposeUnit, dtype: torch.dtype, *, runtime: Runtime, scratch: Folder,
-        done: list[PassReceipt],
+        done: list[PassReceipt], stopped: threading.Event,
     ) -> None:  # fmt: skip
         item = unit.items[0]
         self.shape = item.parameter.m, item.parameter.n
         self.dtype, self._unit = dtype, unit
-        self._runtime, self._scratch, self._done = runtime, scratch, done
+        self._runtime, self._scratch = runtime, scratch
+        self._done, self._stopped = done, stopped
         self._blocks = _blocks(unit)
 
     def step(self, x: Float[Tensor, "n b"]) -> tuple[Float[Tensor, "m b"], Float[Tensor, "n b"]]:
@@ -62,6 +74,8 @@ class Rows:
 
     def _pass(self, kind: Pass, given: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """What the blocks gave: `y` one below the other, `z` added, in the order of the rows."""
+        if self._stopped.is_set():
+            raise _Stopped
         # Another name each time: what a task lost on its way writes late must not be read.
         scratch = self._scratch.child(f"pass-{len(self._done)}")
         names = [f"given-{i if kind is Pass.PULL else 0}" for i in range(len(given))]
@@ -121,30 +135,64 @@ def _rows(unit: DecomposeUnit, first: int, stop: int) -> RowBlock:
 
 
 def decompose_by_rows(
-    units: Sequence[DecomposeUnit], *, attempt: str, runtime: Runtime, progress: Progress
+    units: Sequence[DecomposeUnit], *, memory_bytes: int, runtime: Runtime, progress: Progress
 ) -> list[Receipt]:
     """Receipts of units of one matrix each, whose components are stored and committed by blocks.
+    As many at once as fit `memory_bytes`, for the blocks of one may be fewer than the workers.
 
     Raises:
         ContentError: NaN or Inf in a tensor.
         SolverError: the spectrum is too flat for Lanczos.
     """
-    folder = layout.scratch_path(attempt)
+    # Its own: another driver at the same matrices would take its scratch away from this one.
+    folder = layout.scratch_path(uuid.uuid4().hex)
+    at_once = max(1, memory_bytes // max(unit.memory_bytes for unit in units))
     try:
         surveys = _surveys(units, folder=folder, runtime=runtime, progress=progress)
-        receipts: list[Receipt] = []
+        works = [
+            partial(
+                _decompose, unit, survey=survey, scratch=unit.store.child(f"{folder}/{i}"),
+                runtime=runtime,
+            )
+            for i, (unit, survey) in enumerate(zip(units, surveys, strict=True))
+        ]  # fmt: skip
         with progress.stage("decompose by rows", len(units)) as bar:
-            for i, (unit, survey) in enumerate(zip(units, surveys, strict=True)):
-                work = partial(
-                    _decompose, survey=survey, scratch=unit.store.child(f"{folder}/{i}"),
-                    runtime=runtime,
-                )  # fmt: skip
-                receipts.append(call(work, unit))
-                bar.advance()
-        return receipts
+            return _at_once(
+                works, 1 if runtime.address == "none" else at_once, threads=units[0].threads,
+                done=bar.advance,
+            )  # fmt: skip
     finally:
         for store in {unit.store for unit in units}:
             store.remove(folder)
+
+
+def _at_once(
+    works: Sequence[Callable[..., Receipt]], num: int, *, threads: int, done: Callable[[], None]
+) -> list[Receipt]:
+    """What each work gives, `num` of them at once; all end once one fails, and that is raised."""
+    stopped, before, causes = threading.Event(), torch.get_num_threads(), list[BaseException]()
+
+    def one(work: Callable[..., Receipt]) -> Receipt:
+        torch.set_num_threads(threads)  # of this thread, in some builds
+        try:
+            receipt = work(stopped=stopped)
+        except BaseException as error:
+            causes.append(error)
+            stopped.set()
+            raise
+        done()
+        return receipt
+
+    torch.set_num_threads(threads)
+    pool = ThreadPoolExecutor(num)
+    try:
+        return list(pool.map(one, works))
+    except _Stopped:
+        raise causes[0] from None
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def _surveys(
@@ -164,13 +212,15 @@ def _surveys(
 
 
 def _decompose(
-    unit: DecomposeUnit, *, survey: Survey, scratch: Folder, runtime: Runtime
-) -> Receipt:
+    unit: DecomposeUnit, *, survey: Survey, scratch: Folder, runtime: Runtime,
+    stopped: threading.Event,
+) -> Receipt:  # fmt: skip
     """Blocks of one matrix, each committed before the next, until there are as many as wanted."""
     start, stored_bytes, done = time.perf_counter(), 0, list[PassReceipt]()
     depth = unit.first
     while depth < unit.items[0].wanted:
-        depth, size = _next(unit, survey, scratch=scratch, runtime=runtime, done=done)
+        products = partial(Rows, unit, runtime=runtime, scratch=scratch, done=done, stopped=stopped)
+        depth, size = _next(unit, survey, products, scratch=scratch, done=done)
         stored_bytes += size
     return Receipt(
         name=unit.name,
@@ -185,8 +235,8 @@ def _decompose(
 
 
 def _next(
-    unit: DecomposeUnit, survey: Survey, *, scratch: Folder, runtime: Runtime,
-    done: list[PassReceipt],
+    unit: DecomposeUnit, survey: Survey, products: Callable[[torch.dtype], Rows], *,
+    scratch: Folder, done: list[PassReceipt],
 ) -> tuple[int, int]:  # fmt: skip
     """The depth once the next block is committed, and the bytes that this took."""
     item, p = unit.items[0], unit.items[0].parameter
@@ -194,9 +244,9 @@ def _next(
     first, start = known_of(committed, p)
     before = len(done)
     found = lanczos_block(
-        partial(Rows, unit, runtime=runtime, scratch=scratch, done=done),
-        shape=(p.m, p.n), stored=lambda: stored_of(committed, p).blocks, fro=survey.fro,
+        products, shape=(p.m, p.n), stored=lambda: stored_of(committed, p).blocks, fro=survey.fro,
         parameter=p.id, steps=lambda dtype: steps_within(p.rank, itemsize=dtype.itemsize),
+        restarts=RESTARTS,
     )  # fmt: skip
     if found is None:
         raise _too_flat(unit, depth=first)

@@ -28,9 +28,13 @@ class Unit(Protocol):
     def threads(self) -> int: ...
 
 
-# Workers give back what a tensor took once it is gone (glibc reads this as a process starts): by
-# default freed tensors up to 32 MiB stay, and a worker grew to thrice what its tasks hold at once.
-WORKER_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+# Workers give back what large tensors took once these are gone, but for 64 MiB (glibc reads this as
+# a process starts): by default its heap is in pieces soon, and a worker grew to thrice what its
+# tasks hold at once. To give back everything would cost as much as what is computed.
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+}
 
 U = TypeVar("U", bound=Unit)
 R = TypeVar("R")

@@ -105,9 +105,12 @@ class TensorRef:
     def digest(self, data: bytes) -> str:
         """sha256 of what the values of stored bytes depend on."""
         digest = hashlib.sha256(data)
-        if self.scale is not None:
-            digest.update(self.scale.ref.read_bytes())
+        digest.update(self.scale_bytes())
         return digest.hexdigest()
+
+    def scale_bytes(self) -> bytes:
+        """What stored values are multiplied by, as stored; nothing if they are not."""
+        return self.scale.ref.read_bytes() if self.scale is not None else b""
 
     def read(self) -> "torch.Tensor":
         """The whole tensor."""

@@ -38,6 +38,6 @@ def run_path(plan_hash: str) -> str:
     return f"runs/{plan_hash}"
 
 
-def scratch_path(attempt: str) -> str:
-    """Folder of what an attempt's tasks hand to each other; removed at its end."""
-    return f"scratch/{attempt}"
+def scratch_path(name: str) -> str:
+    """Folder of what tasks hand to each other; removed at the end."""
+    return f"scratch/{name}"

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from svdmerge.errors import TrainingError
+from svdmerge.errors import SvdmergeError, TrainingError
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import FLOATING, Checkpoint
 
@@ -43,19 +43,19 @@ class Backbone:
     def features(self, inputs: Inputs) -> Tensor:
         """Features (b, d)."""
         if self.pooled:
-            return _checked(self.module(inputs))
+            return _checked(self._output(inputs))
         if isinstance(inputs, Tensor):
-            hidden = self.module(inputs).last_hidden_state
+            hidden = self._output(inputs).last_hidden_state
             # Of patches (b, t, d), or of a convolution's maps (b, d, h, w).
             return _checked(hidden.mean(dim=1) if hidden.dim() == 3 else hidden.mean(dim=(2, 3)))
-        hidden = self.module(**inputs).last_hidden_state
+        hidden = self._output(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         # At least one: a text of no tokens must not divide by zero.
         return _checked((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0))
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """A language model's scores of each next token (b, t, vocabulary)."""
-        out = self.module(**inputs)
+        out = self._output(**inputs)
         logits: object = getattr(out, "logits", out)
         shape = (*inputs["input_ids"].shape,)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
@@ -66,6 +66,22 @@ class Backbone:
                 "Set `model` to a causal language model, as transformers:AutoModelForCausalLM.",
             )
         return logits
+
+    def _output(self, *inputs: Inputs, **columns: Tensor) -> Any:
+        """What the module returns; whatever a module of anyone's raises is told as ours."""
+        try:
+            return self.module(*inputs, **columns)
+        except (SvdmergeError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            for x in inputs:
+                columns |= {"inputs": x} if isinstance(x, Tensor) else x
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in columns.items())
+            raise TrainingError(
+                f"the backbone fails on {shapes}",
+                f"{type(error).__name__}: {error}",
+                "Check that `task`, `input` and `model` fit each other and the base model.",
+            ) from error
 
     def module_name(self, name: str) -> str:
         """The module's name of a checkpoint's tensor."""
@@ -90,25 +106,8 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
         TrainingError: `model` names nothing that can be built, building it failed, or the module
             has a tensor that the base lacks, or the other way round.
     """
-    library, _, attribute = config.model.partition(":")
-    try:
-        factory = getattr(importlib.import_module(library), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TrainingError(
-            f"model: {config.model}: cannot be imported ({error})",
-            "Expected `transformers:CLASS` or `package.module:callable`.",
-            "Install the package, or correct the name.",
-        ) from error
-    is_transformers = library == "transformers"
-    build = _from_transformers if is_transformers else _from_callable
-    try:
-        module = build(factory, base.config)
-    except Exception as error:
-        raise TrainingError(
-            f"model: {config.model}: cannot be built from {base.reference}'s config.json",
-            f"{type(error).__name__}: {error}",
-            "Check that the callable fits the base model.",
-        ) from error
+    module = build_module(config.model, base.config, origin=base.reference)
+    is_transformers = config.model.startswith("transformers:")
     backbone = Backbone(
         module=module.eval().float(),
         names=_names(module, base) if is_transformers else {n: n for n in base.tensors},
@@ -117,6 +116,32 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
     )
     _check_names(backbone, base=base)
     return backbone
+
+
+def build_module(model: str, config: Mapping[str, Any], *, origin: str) -> nn.Module:
+    """What `transformers:CLASS` or `package.module:callable` builds from a configuration.
+
+    Raises:
+        TrainingError: it cannot be imported, or building failed.
+    """
+    library, _, attribute = model.partition(":")
+    try:
+        factory = getattr(importlib.import_module(library), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TrainingError(
+            f"model: {model}: cannot be imported ({error})",
+            "Expected `transformers:CLASS` or `package.module:callable`.",
+            "Install the package, or correct the name.",
+        ) from error
+    build = _from_transformers if library == "transformers" else _from_callable
+    try:
+        return build(factory, config)
+    except Exception as error:
+        raise TrainingError(
+            f"model: {model}: cannot be built from {origin}'s config.json",
+            f"{type(error).__name__}: {error}",
+            "Check that the callable fits the base model.",
+        ) from error
 
 
 def _from_transformers(factory: Any, config: Mapping[str, Any]) -> nn.Module:

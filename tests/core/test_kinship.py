@@ -26,8 +26,9 @@ def test_what_lies_as_far_as_another_model_is_none(norm: float) -> None:
 def test_what_lies_much_farther_than_the_others_is_none() -> None:
     found = strangers({"a": kin(0.02), "b": kin(0.03), "c": kin(0.5, 0.24)})
     assert list(found) == ["c"]
-    assert "0.5 times the base's norm, the others' median 0.025, of effective rank 24.0%" in (
-        found["c"]
+    assert (
+        "0.5 times the base's norm, the others' median 0.025, of effective rank 24.0%"
+        in (found["c"])
     )
 
 
