@@ -170,11 +170,8 @@ def whatif(
 
         loaded = load_recipe(recipe)
         try:
-            budgets = (
-                [parse_share(part) for part in k.split(",")]
-                if k is not None
-                else [loaded.parameters.k]
-            )
+            given = [] if k is None else [parse_share(part) for part in k.split(",")]
+            budgets = given or [loaded.parameters.k]
         except ValueError as error:
             raise RecipeError(f"--k {k}: {error}") from None
         plan = asked(
