@@ -204,6 +204,49 @@ def verify(
     guard(work, verbose=verbose)
 
 
+@app.command()
+def push(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The output folder of a run.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to upload to.")] = "main",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check and list.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Upload an output to the hub, checked first, in one commit. Resumes by itself."""
+
+    def work() -> None:
+        from svdmerge.push import push as pushed_to
+
+        done = pushed_to(out, repo, private=private, revision=revision, dry_run=dry_run)
+        size = f"{len(done.files)} files, {done.nbytes / 2**20:.1f} MiB"
+        show(as_json, done.to_json, lambda: [f"{done.url or 'would upload'}: {size}"])
+
+    guard(work, verbose=verbose)
+
+
+@app.command("import-mergekit")
+def import_mergekit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mergekit recipe.")],
+    base: Annotated[str | None, typer.Option(help="The base, if the recipe names none.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print a mergekit recipe as one of svdmerge, and what that does not say."""
+
+    def work() -> None:
+        from svdmerge.mergekit import import_mergekit as imported_from
+
+        found = imported_from(file, base=base)
+        if as_json:
+            show(as_json, found.to_json, list)
+        else:
+            typer.echo(found.to_yaml(), nl=False)  # a table's line breaks would not be YAML
+
+    guard(work, verbose=verbose)
+
+
 @adapter_app.command("export")
 def adapter_export(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A folder that tuning wrote.")],

@@ -39,6 +39,10 @@ class Imported:
     recipe: Mapping[str, Any]
     unexpressed: tuple[str, ...]
 
+    def to_json(self) -> dict[str, object]:
+        """Plain values."""
+        return {"recipe": dict(self.recipe), "unexpressed": list(self.unexpressed)}
+
     def to_yaml(self) -> str:
         """The recipe, with what it does not say as comments."""
         notes = "".join(f"# not expressed: {line}\n" for line in self.unexpressed)
