@@ -28,6 +28,9 @@ cluster addr = 127.0.0.1
 auth cluster required = none
 auth service required = none
 auth client required = none
+# Without authentication there is no key to encrypt by.
+ms mon client mode = crc
+ms client mode = crc
 # One copy of everything, in memory.
 osd pool default size = 1
 osd pool default min size = 1
