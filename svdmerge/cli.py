@@ -152,23 +152,37 @@ def rank(
 @app.command()
 def whatif(
     recipe: RecipePath,
-    k: Annotated[str, typer.Option("--k", help="Budgets, by commas: 16,38,10%.")],
+    k: Annotated[
+        str | None, typer.Option("--k", help="Budgets, by commas: 16,38,10%; the recipe's if none.")
+    ] = None,
+    salience: Annotated[
+        Literal["sigma", "relative", "denoised"] | None, typer.Option(help="Another salience.")
+    ] = None,
+    scope: Annotated[Literal["layer", "global"] | None, typer.Option(help="Another scope.")] = None,
+    sources: Annotated[str | None, typer.Option(help="Only these sources, by commas.")] = None,
+    without: Annotated[str | None, typer.Option(help="All but these, by commas.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show what other budgets would keep, from whom, from stored spectra."""
+    """Show what another selection would keep, from whom, and lose, from stored spectra."""
 
     def work() -> None:
         from svdmerge.engine.plan import make_plan
+        from svdmerge.engine.whatif import asked
         from svdmerge.engine.whatif import whatif as outcomes_of
         from svdmerge.recipe import load_recipe, parse_share
         from svdmerge.tables import whatif_table
 
+        loaded = load_recipe(recipe)
         try:
-            budgets = [parse_share(part) for part in k.split(",")]
+            budgets = [parse_share(part) for part in k.split(",")] if k else [loaded.parameters.k]
         except ValueError as error:
             raise RecipeError(f"--k {k}: {error}") from None
-        outcomes = outcomes_of(make_plan(load_recipe(recipe)), budgets=budgets)
+        plan = asked(
+            make_plan(loaded), salience=salience, scope=scope, only=_names(sources),
+            without=_names(without),
+        )  # fmt: skip
+        outcomes = outcomes_of(plan, budgets=budgets)
         _show(as_json, lambda: [o.to_json() for o in outcomes], lambda: [whatif_table(outcomes)])
 
     _guard(work, verbose=verbose)
@@ -300,6 +314,10 @@ def _staged(
             raise typer.Exit(1)
 
     _guard(work, verbose=verbose)
+
+
+def _names(text: str | None) -> list[str]:
+    return text.split(",") if text else []
 
 
 def _folder(uri: str) -> Any:

@@ -1,7 +1,7 @@
 """Progress as the library reports it, and how a terminal shows it."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -33,6 +33,31 @@ class _Silent:
 
 
 SILENT: Progress = _Silent()
+
+
+class Recorded:
+    """Progress that is shown, and told to a listener: the step's name, units done, units in all."""
+
+    def __init__(self, shown: Progress, *, tell: Callable[[str, int, int], None]) -> None:
+        self._shown, self._tell = shown, tell
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Generator[Stage]:
+        """A step that is shown and told while the block runs."""
+        with self._shown.stage(name, total) as bar:
+            yield _Counted(bar, tell=lambda done: self._tell(name, done, total))
+
+
+class _Counted:
+    def __init__(self, bar: Stage, *, tell: Callable[[int], None]) -> None:
+        self._bar, self._tell, self._done = bar, tell, 0
+        tell(0)
+
+    def advance(self, num: int = 1) -> None:
+        """Count units done."""
+        self._done += num
+        self._bar.advance(num)
+        self._tell(self._done)
 
 
 class TerminalProgress:

@@ -79,6 +79,8 @@ class SourceModel(Section):
     model: str = Field(min_length=1)
     weight: PositiveFloat = 1.0
     """Scales this source's singular values and its share of the averages alike."""
+    quota: Annotated[float, BeforeValidator(parse_density)] = 1.0
+    """Share of each matrix's slots that it may take: floor(quota * budget + 1e-9), at least 1."""
 
 
 def _source(value: object) -> object:
@@ -93,8 +95,9 @@ class Parameters(Section):
     salience: Literal["sigma", "relative", "denoised", "target"] = "sigma"
     """What ranks components: the singular value, or that over the matrix's Frobenius norm, or the
     singular value in those sources alone that the target's examples ask for."""
-    scope: Literal["layer"] = "layer"
-    """Where components compete: within each matrix."""
+    scope: Literal["layer", "global"] = "layer"
+    """Where components compete: within each matrix, or for one budget (the sum of all matrices')
+    over all of them, of which a matrix takes from none to its rank."""
     scale: PositiveFloat | Literal["auto"] = 1.0
     """Strength of the whole merged difference: lambda of task arithmetic, alpha of Iso-C;
     `auto`: what the target's examples ask for."""
@@ -187,8 +190,8 @@ class TuneConfig(Section):
     Trained values, head, losses and every measurement stay float32."""
     learning_rate: PositiveFloat = 0.1
     """Of the singular values (AdamW, cosine)."""
-    head_learning_rate: PositiveFloat = 0.01
-    """Of the linear head."""
+    head_learning_rate: Annotated[float, Field(ge=0)] = 0.01
+    """Of the linear head; 0 freezes it where it starts, as AXIS was published with a frozen one."""
     seed: int = 0
     """Of the draw and of the order of examples."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
@@ -318,6 +321,10 @@ class Recipe(Section):
                 f"parameters.{unused[0]}: {self.merge_method} does not use it; "
                 f"it takes {', '.join(sorted(used))}"
             )
+        if "salience" not in used and any(m.quota < 1 for m in self.models):
+            raise ValueError(
+                f"models: {self.merge_method} takes as much of each source; leave `quota` out"
+            )
         if "density" in used and self.parameters.density is None:
             raise ValueError("parameters.density: got nothing; expected a share such as 20%")
         return self
@@ -338,6 +345,11 @@ class Recipe(Section):
             raise ValueError(
                 f"parameters: {self.merge_method} takes no `salience: target` or `scale: auto`; "
                 "use axis"
+            )
+        if self.is_targeted and self.parameters.scope == "global":
+            raise ValueError(
+                "parameters: `salience: target` and `scale: auto` weigh sources matrix by matrix; "
+                "leave `scope: global` out"
             )
         return self
 

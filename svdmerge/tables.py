@@ -47,7 +47,10 @@ def plan_tables(found: "Estimate") -> list[Table]:
         example.setdefault(key, t.name)
     tensors = table(
         "Tensors",
-        columns=("first of its kind", "num", "shape", "dtype", "action", "k"),
+        columns=(
+            *("first of its kind", "num", "shape", "dtype", "action"),
+            "k" if found.scope == "layer" else "k, at most",
+        ),
         rows=((example[key], num, key[1], key[2], key[0], key[3]) for key, num in alike.items()),
     )
     costs = table(
@@ -202,11 +205,14 @@ def demo_tables(
 
 
 def whatif_table(outcomes: Sequence["Outcome"]) -> Table:
-    """What each budget keeps."""
+    """What each budget keeps and leaves out."""
     sources = list(outcomes[0].kept) if outcomes else []
     rows: list[tuple[object, ...]] = [
         ("energy kept", *(f"{o.energy:.1%}" for o in outcomes)),
+        ("left out (Frobenius), at most", *(f"{o.frobenius:.3g}" for o in outcomes)),
+        ("left out (spectral), at most", *(f"{o.spectral:.3g}" for o in outcomes)),
         ("merged factors", *(size(o.factor_bytes) for o in outcomes)),
+        ("components to store", *(size(o.store_bytes) for o in outcomes)),
         ("certain", *("yes" if o.certain else "deepen first" for o in outcomes)),
     ]
     rows += [(source, *(o.kept[source] for o in outcomes)) for source in sources]

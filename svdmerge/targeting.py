@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdmerge.core.evidence import bootstrap_interval
+from svdmerge.core.evidence import bootstrap_interval, surely_better
 from svdmerge.core.gate import Mix, gate
 from svdmerge.core.params import Action
 from svdmerge.engine.decompose import load_source
+from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import choose_components, picks
@@ -40,11 +41,13 @@ class SourceRank:
     gain: float
     low: float
     high: float
-    """The gain's 95 % bootstrap interval."""
+    """The gain's 95 % bootstrap interval, of this source alone."""
+    sure: bool
+    """Whether it helps for sure, the claims on all sources together being right in 95 %."""
     seconds: float
     noise: bool
-    """Whether nothing of its change stands above noise: such a source is never merged, however
-    well a few examples happen to speak of it."""
+    """Whether nothing of its change stands above noise: such a source is merged only where it
+    helps for sure, for one of many is always lucky."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,15 +111,16 @@ class Targeting:
     """
 
     def __init__(
-        self, plan: Plan, config: TuneConfig, *, runtime: Runtime, progress: Progress, attempt: str
+        self, plan: Plan, config: TuneConfig, *, runtime: Runtime, progress: Progress
     ) -> None:
         self._plan, self._config = plan, config
-        self._runtime, self._progress, self._attempt = runtime, progress, attempt
+        self._runtime, self._progress = runtime, progress
         examples = judged_examples(config, base=plan.base)
         self._digest, self.num_examples = examples.digest(), len(examples)
         self._base: Tensor | None = None
         self._sources: dict[str, Tensor] = {}
         self._noise = noise_only(plan)
+        self._inventory = take_inventory(plan, runtime=runtime, progress=progress)
 
     def rank(self) -> Ranking:
         """Sources by their help.
@@ -132,14 +136,17 @@ class Targeting:
         base, *losses = [torch.tensor(j.losses[0], dtype=torch.float64) for j in found]
         self._base = base
         ranks: list[SourceRank] = []
-        for source, loss, judged in zip(plan.sources, losses, found[1:], strict=True):
+        sure = surely_better(torch.stack([base - loss for loss in losses]))
+        for source, loss, judged, is_sure in zip(
+            plan.sources, losses, found[1:], sure, strict=True
+        ):
             self._sources[source.revision] = loss
             low, high = bootstrap_interval(base - loss)
             ranks.append(
                 SourceRank(
                     name=source.reference, revision=source.revision, loss=float(loss.mean()),
-                    gain=float((base - loss).mean()), low=low, high=high, seconds=judged.seconds,
-                    noise=source.revision in self._noise,
+                    gain=float((base - loss).mean()), low=low, high=high, sure=is_sure,
+                    seconds=judged.seconds, noise=source.revision in self._noise,
                 )
             )  # fmt: skip
         ranks.sort(key=lambda r: (r.loss, r.revision))
@@ -157,8 +164,9 @@ class Targeting:
         Sources must be ranked before.
         """
         assert self._base is not None
-        heard = {r: loss for r, loss in self._sources.items() if r not in self._noise}
-        chosen, losses = gate(heard, base=self._base, judge=self._judge_mixes)
+        chosen, losses = gate(
+            self._sources, base=self._base, judge=self._judge_mixes, doubted=self._noise
+        )
         considered = [Considered(mix=m, loss=float(x.mean())) for m, x in losses.items()]
         return Adaptation(
             chosen=chosen,
@@ -236,7 +244,7 @@ class Targeting:
 
     def _merged(self, shares: Mapping[str, float]) -> Blend:
         return blend_of(
-            gated(self._plan, shares, total=1.0), attempt=self._attempt, runtime=self._runtime,
+            gated(self._plan, shares, total=1.0), self._inventory, runtime=self._runtime,
             progress=self._progress,
         )  # fmt: skip
 
@@ -277,23 +285,27 @@ def noise_only(plan: Plan) -> set[str]:
 
 
 def _verdict(every: Sequence[SourceRank]) -> str:
+    if all(r.low == r.gain == r.high == 0.0 for r in every):
+        return (
+            "The examples tell nothing: held out, every model fails on them alike. "
+            "Give two or more of each class, and different ones."
+        )
+    if sure := [r.name for r in every if r.sure]:
+        return f"{len(sure)} of {len(every)} sources help this target, most of all {sure[0]}."
     ranks = [r for r in every if not r.noise]
     if not ranks:
         return "None helps: every source's change is noise alone."
-    sure = [r.name for r in ranks if r.low > 0]
-    if sure:
-        return f"{len(sure)} of {len(every)} sources help this target, most of all {ranks[0].name}."
     if ranks[0].gain > 0:
         return (
             f"None helps for certain: {ranks[0].name} looks best, "
-            "yet its interval includes no gain."
+            f"yet the best of {len(every)} useless ones may do as well by luck."
         )
     return "None helps: the base model serves this target best."
 
 
-def blend_of(plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress) -> Blend:
+def blend_of(plan: Plan, inventory: Inventory, *, runtime: Runtime, progress: Progress) -> Blend:
     """The merge of a plan's sources at strength 1, as assembling it would make it."""
-    table = choose_components(plan, attempt=attempt, runtime=runtime, progress=progress)
+    table = choose_components(plan, inventory, runtime=runtime, progress=progress)
     chosen = picks(plan, table)
     return Blend(
         store=plan.store,

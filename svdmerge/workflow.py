@@ -15,16 +15,17 @@ from svdmerge import __version__
 from svdmerge.engine import assemble, select
 from svdmerge.engine.decompose import decompose, pending
 from svdmerge.engine.estimate import estimate
+from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
 from svdmerge.engine.tasks import Receipt
 from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeError
 from svdmerge.places import check_places
-from svdmerge.progress import SILENT, Progress
+from svdmerge.progress import SILENT, Progress, Recorded
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import model_card
-from svdmerge.report.run_report import RunReport, StageReport
+from svdmerge.report.run_report import RunReport, StageProgress, StageReport
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, copy_side_files
 from svdmerge.storage.output import (
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from svdmerge.targeting import Ranking, Targeting
 
 DONE = "DONE"
+# Seconds between reports of a run that goes on: who looks needs no more, and stores charge by the
+# request.
+REPORT_S = 2.0
 
 
 class Run:
@@ -52,7 +56,8 @@ class Run:
         self._merged = self.plan
         """The plan as the target's examples changed it: other weights, another strength."""
         self.out = Folder.at(recipe.out)
-        self._runtime, self._progress = runtime, progress
+        self._runtime, self._progress = runtime, Recorded(progress, tell=self._tell)
+        self._reported_at = 0.0
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         self.report = RunReport(
             plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
@@ -69,6 +74,7 @@ class Run:
             work()
             if self.report.status == "running":
                 self.report.status = "done"
+            self.report.progress = None
         except BaseException as error:
             self.report.status = f"failed: {type(error).__name__}"
             with contextlib.suppress(SvdmergeError):  # the first error is the one to tell
@@ -85,7 +91,6 @@ class Run:
             "decompose",
             lambda: decompose(
                 self.plan,
-                attempt=self._attempt,
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
@@ -99,7 +104,7 @@ class Run:
             RecipeError: there are no examples.
             TrainingError: they cannot be used.
         """
-        if next(pending(self.plan, whole=True), None):
+        if next(pending(self.plan, self._inventory(), whole=True), None):
             self.decompose(whole=True)
         self._timed("rank", lambda: self._rank(self._targeting(config)))
 
@@ -136,14 +141,12 @@ class Run:
                 "",
                 "Give --examples FILE, or add a `tune` section with `train`.",
             )
-        return Targeting(
-            self.plan, config, runtime=self._runtime, progress=self._progress,
-            attempt=self._attempt,
-        )  # fmt: skip
+        return Targeting(self.plan, config, runtime=self._runtime, progress=self._progress)
 
     def select(self) -> pa.Table:
         """The selection. Raises: StoreError, if a source is not decomposed."""
-        if missing := next(pending(self.plan), None):
+        inventory = self._inventory()
+        if missing := next(pending(self.plan, inventory), None):
             raise StoreError(
                 f"{missing.reference}: is not decomposed to the depth this recipe needs",
                 f"First missing: {missing.name}.",
@@ -155,10 +158,7 @@ class Run:
         def work() -> list[Receipt]:
             table.append(
                 select.select(
-                    self._merged,
-                    attempt=self._attempt,
-                    runtime=self._runtime,
-                    progress=self._progress,
+                    self._merged, inventory, runtime=self._runtime, progress=self._progress
                 )
             )
             return []
@@ -228,11 +228,15 @@ class Run:
     def _all(self) -> None:
         if self._is_done():
             self.report.status = "unchanged"
+            self.adapt()  # what was chosen then holds, and is told again
         else:
             self.decompose()
             self.assemble(self.select())
         if self.plan.recipe.tune is not None:
             self.tune()
+
+    def _inventory(self) -> Inventory:
+        return take_inventory(self.plan, runtime=self._runtime, progress=self._progress)
 
     def _is_done(self) -> bool:
         """Whether the output is that of this plan, and whole."""
@@ -271,6 +275,15 @@ class Run:
         finally:
             release(staged)
         return []
+
+    def _tell(self, name: str, done: int, total: int) -> None:
+        """Note how far a step is; now and then, in the store."""
+        self.report.progress = StageProgress(name=name, done=done, total=total)
+        if (now := time.monotonic()) - self._reported_at >= REPORT_S:
+            self._reported_at = now
+            # Told is not needed: a store's hiccup here must not end the run.
+            with contextlib.suppress(SvdmergeError, OSError):
+                self._save_report()
 
     def _save_report(self) -> None:
         path = f"attempts/{self._attempt}/run.json"
@@ -412,6 +425,7 @@ def out_name(plan: Plan) -> str:
 def _summary(plan: Plan) -> str:
     p = plan.recipe.parameters
     share = f"{p.k:.4g} of each matrix's rank" if isinstance(p.k, float) else f"{p.k} per matrix"
+    share += ", spent over all matrices" * plan.is_global
     return plan.method.summary.format(
         n=len(plan.sources), k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
     )

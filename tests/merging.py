@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,14 @@ from tiny import tiny_base, tiny_source, write_model
 from torch import Tensor
 
 from svdmerge.core.methods.registry import METHODS
+from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan, make_plan
+from svdmerge.engine.runtime import InProcess
+from svdmerge.progress import SILENT
 from svdmerge.recipe import Recipe, parse_recipe
 from svdmerge.report.run_report import RunReport
 from svdmerge.storage.hf_model import PROVENANCE, load_factors, read_factors
+from svdmerge.storage.manifest import Commit
 from svdmerge.workflow import run
 
 K = "20%"
@@ -114,6 +119,11 @@ def command(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Compl
 # --- what a run leaves ---
 
 
+def inventory_of(plan: Plan) -> Inventory:
+    """What the store holds now."""
+    return take_inventory(plan, runtime=InProcess(), progress=SILENT)
+
+
 def weights(out: Path) -> dict[str, bytes]:
     """The bytes of every weights file and index."""
     files = [*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]
@@ -142,6 +152,16 @@ def units(report: RunReport, stage: str = "decompose") -> int:
 def matrices_done(report: RunReport, stage: str = "decompose") -> int:
     """Matrices of a stage's units."""
     return sum(s.num_matrices for s in report.stages if s.name == stage)
+
+
+def stored_blocks(store: Path) -> Counter[tuple[str, str, int]]:
+    """How often each block is stored: by source, matrix and first index."""
+    found: Counter[tuple[str, str, int]] = Counter()
+    for path in (store / "commits").rglob("*.json"):
+        commit = Commit.from_json(path.read_bytes())
+        source = path.relative_to(store / "commits").parts[1]
+        found.update((source, b.parameter, b.first) for b in commit.blocks)
+    return found
 
 
 def factor_deltas(plan: Plan) -> dict[str, np.ndarray]:

@@ -79,12 +79,20 @@ def test_a_report_is_json_that_reads_back() -> None:
 
 def test_whatif_shows_budgets_side_by_side_and_what_is_uncertain() -> None:
     outcomes = [
-        Outcome(k=16, kept={"a": 10, "b": 6}, energy=0.5, factor_bytes=2048, certain=True),
-        Outcome(k=0.2, kept={"a": 12, "b": 9}, energy=0.75, factor_bytes=4096, certain=False),
-    ]
+        Outcome(
+            k=16, kept={"a": 10, "b": 6}, energy=0.5, frobenius=12.345, spectral=3.5,
+            factor_bytes=2048, store_bytes=8192, num_open=0,
+        ),
+        Outcome(
+            k=0.2, kept={"a": 12, "b": 9}, energy=0.75, frobenius=6.0, spectral=1.25,
+            factor_bytes=4096, store_bytes=8192, num_open=2,
+        ),
+    ]  # fmt: skip
     text = shown(whatif_table(outcomes))
-    for word in ("16", "0.2", "50.0%", "75.0%", "2.0 KiB", "yes", "deepen first", "12"):
+    told = ("16", "0.2", "50.0%", "75.0%", "12.3", "1.25", "2.0 KiB", "8.0 KiB", "yes", "12")
+    for word in (*told, "deepen first"):
         assert word in text
+    assert max(len(line) for line in text.splitlines()) <= 80
 
 
 def test_claims_that_did_not_hold_stand_out() -> None:

@@ -6,16 +6,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from merging import Bench, weights
+from merging import Bench, inventory_of, weights
 from safetensors.torch import load_file
 from targeted import INPUTS, TinyNet, target_bench, targeted, tune_section, write_examples
 from typer.testing import CliRunner, Result
 
 from svdmerge import targeting
 from svdmerge.cli import app
+from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import InProcess
 from svdmerge.errors import RecipeError
 from svdmerge.progress import SILENT
@@ -26,7 +28,7 @@ from svdmerge.storage.hf_model import PROVENANCE
 from svdmerge.targeting import Adaptation, Ranking
 from svdmerge.training import judge as judging
 from svdmerge.training.backbone import build_backbone, load_weights
-from svdmerge.training.blend import differences
+from svdmerge.training.blend import Blend, differences
 from svdmerge.training.objective import objective_of
 from svdmerge.verify import verify
 from svdmerge.workflow import Run, rank, run_stage
@@ -99,6 +101,16 @@ def test_where_none_helps_the_ranking_says_so(helpless: Bench) -> None:
     assert all(s.high < 0 for s in found.sources)
 
 
+def test_examples_that_tell_nothing_are_said_to(bench: Bench) -> None:
+    rows = pq.read_table(bench.root / "train.parquet")
+    pq.write_table(rows.slice(0, 3), bench.root / "one-each.parquet")  # no class is left without it
+    section = tune_section(bench.root, train=str(bench.root / "one-each.parquet"))
+    found = ranked(bench, tune=section, parameters={"k": "100%"})
+    assert [s.gain for s in found.sources] == [0.0] * 3
+    assert not any(s.sure for s in found.sources)
+    assert found.verdict.startswith("The examples tell nothing")
+
+
 def test_a_near_copy_of_a_source_is_found_and_unrelated_ones_are_not(twins: Bench) -> None:
     ((a, b, cosine),) = ranked(twins).near_duplicates
     assert {Path(a).name, Path(b).name} == {"copy", "helper"}
@@ -137,21 +149,30 @@ def test_examples_on_the_command_line_take_the_place_of_the_recipes(
     assert found.num_examples == 21
 
 
-def test_a_source_of_noise_alone_is_told_and_never_merged(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("losses", "considered"), [((0.0, 2.0), set[str]()), ((0.0, 0.0), {"noise-2", "noise-3"})]
+)
+def test_a_source_of_noise_alone_is_told_and_considered_only_where_its_help_is_sure(
+    losses: tuple[float, ...],
+    considered: set[str],
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = ranked(bench)
-    assert {Path(s.name).name for s in found.sources if s.noise} == {"noise-2", "noise-3"}
+    noise = {s.revision: Path(s.name).name for s in found.sources if s.noise}
+    assert set(noise.values()) == {"noise-2", "noise-3"}
 
     def flattered(unit: judging.JudgeUnit) -> judging.Judged:
         judged = judging.judge(unit)
         if "noise-" not in unit.name:
             return judged
-        return replace(judged, losses=tuple(tuple(0.0 for _ in x) for x in judged.losses))
+        told = tuple(losses[i % 2] for i in range(len(judged.losses[0])))
+        return replace(judged, losses=(told,))
 
     monkeypatch.setattr(targeting, "judge", flattered)
     report = merged(bench, **MERGE_ONLY)
-    assert names(bench, adaptation(report)) <= {"helper"}
+    mixed = {s for c in adaptation(report).considered for s in c.mix.weights}
+    assert {noise[s] for s in mixed & set(noise)} == considered
 
 
 def test_the_command_shows_a_table_and_the_verdict(bench: Bench) -> None:
@@ -184,6 +205,23 @@ def test_examples_that_are_not_there_are_a_clear_error(bench: Bench) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_examples_of_another_width_are_told_in_three_lines(bench: Bench) -> None:
+    narrow = bench.root / "narrow.parquet"
+    table = pa.table({"x": [[1.0, 2.0]] * 6, "label": [0, 1, 2] * 2})
+    pq.write_table(table, narrow)
+    recipe = bench.write_recipe(tune=tune_section(bench.root))
+    done = svdmerge("rank", recipe, "--address", "none", "--examples", narrow)
+    assert done.exit_code == 1
+    told = [line for line in done.stderr.splitlines() if ": " in line and " done" not in line]
+    assert told[0] == "error: the backbone fails on inputs [6, 2]"
+    assert "Traceback" not in done.stderr
+
+
+def blended(plan: Plan) -> Blend:
+    inventory = inventory_of(plan)
+    return targeting.blend_of(plan, inventory, runtime=InProcess(), progress=SILENT)
+
+
 def test_a_source_that_changes_a_matrix_by_less_than_its_rank_is_judged_whole(
     bench: Bench,
 ) -> None:
@@ -191,7 +229,7 @@ def test_a_source_that_changes_a_matrix_by_less_than_its_rank_is_judged_whole(
     ranked(bench)
     helper = next(s for s in plan.sources if s.reference.endswith("helper"))
     whole = targeting.gated(plan, {helper.revision: 1.0}, total=1.0)
-    blend = targeting.blend_of(whole, attempt="test", runtime=InProcess(), progress=SILENT)
+    blend = blended(whole)
     found = differences(blend, base=plan.base)
     base, source = (load_file(f / "model.safetensors") for f in (bench.base, helper_of(bench)))
     expected = source["encoder.0.weight"] - base["encoder.0.weight"]
@@ -234,7 +272,7 @@ def test_the_merged_model_is_the_blend_that_was_judged(twins: Bench, k: str) -> 
     assert found.chosen.shares
     plan = twins.plan(**recipe)
     parts = targeting.gated(plan, dict(found.chosen.shares), total=1.0)
-    blend = targeting.blend_of(parts, attempt="test", runtime=InProcess(), progress=SILENT)
+    blend = blended(parts)
     changes = differences(blend, base=plan.base)
     state = load_file(twins.base / "model.safetensors")
     judged, written = TinyNet({}), TinyNet({})
@@ -366,4 +404,13 @@ def test_a_whole_run_tunes_what_was_merged(bench: Bench) -> None:
     report = bench.run(**targeted(bench))
     assert report.status == "done"
     assert report.tune is not None
-    assert bench.run(**targeted(bench)).status == "unchanged"
+    again = bench.run(**targeted(bench))
+    assert again.status == "unchanged"
+    assert again.adaptation == report.adaptation
+
+
+def test_a_run_that_changes_nothing_still_tells_that_no_source_helps(helpless: Bench) -> None:
+    first, again = (helpless.run(**targeted(helpless)) for _ in range(2))
+    assert (first.status, again.status) == ("done", "unchanged")
+    assert again.warnings == first.warnings
+    assert any("No source helps" in warning for warning in again.warnings)

@@ -17,6 +17,7 @@ from merging import (
     dense_axis,
     distance,
     factor_deltas,
+    inventory_of,
     micro_bench,
     micro_model,
     numbers,
@@ -676,9 +677,9 @@ def test_a_run_in_between_with_other_depths_of_alike_units_hides_nothing(tmp_pat
     plan, shares = bench.plan(parameters={"k": 20}), {"parameters": {"k": 0.41}}
     assert [plan.depth(p) for p in plan.parameters] == [32, 32]
     assert [bench.plan(**shares).depth(p) for p in plan.parameters] == [32, 16]
-    planned = list(pending(plan))
+    planned = list(pending(plan, inventory_of(plan)))
     bench.run(**shares)
     for unit in planned:
         tasks.decompose(unit)
-    assert list(pending(plan)) == []
+    assert list(pending(plan, inventory_of(plan))) == []
     assert bench.run(parameters={"k": 20}).status == "done"

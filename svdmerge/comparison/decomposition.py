@@ -85,8 +85,11 @@ def threshold_rounds(
         order = [listed[name] for name in sorted(listed)]
         stored = {name: s.depth for name, s in held.items()}
         wanted = dict(short_of(order, stored=stored, salience="sigma", k=k))
-    rows = select_matrix([listed[name] for name in sorted(listed)], salience="sigma", k=k)
-    return [(row.source, row.index) for row in rows], {name: s.depth for name, s in held.items()}
+    order = [listed[name] for name in sorted(listed)]
+    rows = select_matrix(order, salience="sigma", k=k)
+    sources = [order[i].source for i in rows.source]
+    kept = list(zip(sources, rows.index.tolist(), strict=True))
+    return kept, {name: s.depth for name, s in held.items()}
 
 
 def _blocks(stored: Stored, found: Solved) -> RankOneComponents:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from svdmerge.core.components import RankOneComponents, none
 from svdmerge.core.discriminant import DiscriminantFit, discriminant
 from svdmerge.core.params import Action, Parameter
+from svdmerge.engine.inventory import take_inventory
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import InProcess
 from svdmerge.progress import SILENT
@@ -217,7 +218,8 @@ class Problem:
         return self._merged(replace(self.plan, recipe=recipe))
 
     def _merged(self, plan: Plan) -> dict[str, Tensor]:
-        blend = blend_of(plan, attempt="comparison", runtime=InProcess(), progress=SILENT)
+        inventory = take_inventory(plan, runtime=InProcess(), progress=SILENT)
+        blend = blend_of(plan, inventory, runtime=InProcess(), progress=SILENT)
         changes = differences(blend, base=self.plan.base)
         named = {self._backbone.module_name(n): d for n, d in changes.items()}
         return {n: d for n, d in named.items() if n in self.base}

@@ -68,7 +68,7 @@ def slots(
         k = int(share * min(base.tensors[name].shape))
         for salience in SALIENCES:
             rows = select_matrix(listed, salience=salience, k=k)
-            taken[salience] += sum(row.source == noisy for row in rows)
+            taken[salience] += sum(listed[i].source == noisy for i in rows.source)
             in_all[salience] += len(rows)
     return {s: taken[s] / max(1, in_all[s]) for s in SALIENCES}
 

@@ -183,14 +183,14 @@ def gated(problem: Problem, rows: list[int]) -> Result:
 def chosen_mix(problem: Problem, rows: list[int]) -> Mix:
     """What the gate takes."""
     few = judged(problem, rows)
-    heard = [n for n, s in sorted(problem.sources.items()) if s.revision not in problem.noise]
-    losses = {n: source_fit(problem, n, few).log_loss for n in heard}
+    losses = {n: source_fit(problem, n, few).log_loss for n in sorted(problem.sources)}
+    doubted = {n for n, s in problem.sources.items() if s.revision in problem.noise}
     base = problem.fit("base", base_weights, few).log_loss
 
     def judge(mixes: Sequence[Mix]) -> list[Tensor]:
         return [problem.fit(*mix_model(problem, m), few).log_loss for m in mixes]
 
-    return gate(losses, base=base, judge=judge)[0]
+    return gate(losses, base=base, judge=judge, doubted=doubted)[0]
 
 
 def judged(problem: Problem, rows: list[int]) -> list[int]:

@@ -1,13 +1,14 @@
 """Which sources to merge for a target, and how strongly, by losses of its held-out examples."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from svdmerge.core.evidence import choose, standard_error
+from svdmerge.core.evidence import choose, standard_error, surely_better
 
 # Numbers of sources merged, best first. Nested sets, roughly doubling: each is one more look at
 # the same few examples, and the best of many looks is luck.
@@ -96,16 +97,32 @@ def mixes(order: Sequence[str], *, gains: Mapping[str, float]) -> list[Mix]:
     return [equal(members, total=t) for members in sets for t in TOTALS]
 
 
+def heard(
+    sources: Mapping[str, Losses], *, base: Losses, doubted: Collection[str]
+) -> dict[str, Losses]:
+    """The sources without those doubted ones whose help is not sure among all (b losses each)."""
+    if not sources:
+        return {}
+    sure = surely_better(torch.stack([base - losses for losses in sources.values()]))
+    return {
+        name: losses
+        for (name, losses), is_sure in zip(sources.items(), sure, strict=True)
+        if is_sure or name not in doubted
+    }
+
+
 def gate(
-    sources: Mapping[str, Losses], *, base: Losses, judge: Judge
+    sources: Mapping[str, Losses], *, base: Losses, judge: Judge, doubted: Collection[str] = ()
 ) -> tuple[Mix, dict[Mix, Losses]]:
     """The merge that the examples ask for, and the losses of all that were considered.
 
     `sources` holds each source's losses as it is, `judge` gives those of mixes, on the same b
-    examples. Starts from the average of the few best, else the soft mix, else the base: the first
-    that is better than the base. Another takes its place only if it is better by more than the luck
-    of many looks (`CLEARLY`).
+    examples. `doubted` are those whose change looks like noise: they take part only where their
+    help is sure. Starts from the average of the few best, else the soft mix, else the base: the
+    first that is better than the base. Another takes its place only if it is better by more than
+    the luck of many looks (`CLEARLY`).
     """
+    sources = heard(sources, base=base, doubted=doubted)
     if not sources:
         return BASE, {BASE: base}
     means = {s: float(x.double().mean()) for s, x in sources.items()}

@@ -1,15 +1,16 @@
 """Decompose: every source's differences into stored components, less what is stored already."""
 
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from svdmerge.core.params import Parameter
-from svdmerge.engine import tasks
+from svdmerge.engine import select_tasks, tasks
+from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan, Source, unit_bytes
 from svdmerge.engine.runtime import Runtime
-from svdmerge.engine.select import select_units
+from svdmerge.engine.select import find_cut, select_units
+from svdmerge.engine.tasks import Receipt
 from svdmerge.progress import Progress
 from svdmerge.storage import layout
 from svdmerge.storage.layout import BLOCK
@@ -25,7 +26,9 @@ def load_source(plan: Plan, source: Source) -> Committed:
     )
 
 
-def pending(plan: Plan, *, whole: bool = False) -> Iterator[tasks.DecomposeUnit]:
+def pending(
+    plan: Plan, inventory: Inventory, *, whole: bool = False
+) -> Iterator[tasks.DecomposeUnit]:
     """The units that nothing is known of yet: the first block of every matrix, or all components
     that a merge could take where sources do not compete, or `whole` asks for them."""
     shared = plan.is_shared and not whole
@@ -33,18 +36,19 @@ def pending(plan: Plan, *, whole: bool = False) -> Iterator[tasks.DecomposeUnit]
     def wanted(_: Source, parameter: Parameter) -> int:
         return min(plan.depth(parameter), BLOCK) if shared else plan.depth(parameter)
 
-    yield from _units(plan, wanted)
+    yield from _units(plan, inventory, wanted)
 
 
-def _units(plan: Plan, wanted: Callable[[Source, Parameter], int]) -> Iterator[tasks.DecomposeUnit]:
+def _units(
+    plan: Plan, inventory: Inventory, wanted: Callable[[Source, Parameter], int]
+) -> Iterator[tasks.DecomposeUnit]:
     """What is missing to have so many components of each source's matrices."""
     for source in plan.sources:
-        committed = load_source(plan, source)
         for number, group in enumerate(plan.groups):
             # A matrix stored to a lesser depth goes on from there; the rest of its group is done.
             by_first: dict[int, list[tuple[Parameter, int]]] = defaultdict(list)
             for parameter in group:
-                first = committed.depth(parameter.source_id)
+                first = inventory.depth(source.revision, parameter)
                 if first < (depth := wanted(source, parameter)):
                     by_first[first].append((parameter, depth))
             for first, items in sorted(by_first.items()):
@@ -69,7 +73,7 @@ def _unit(
                 source=source.checkpoint.tensors[p.tensor],
                 base=plan.base.tensors[p.tensor],
                 wanted=depth,
-                depth=plan.depth(p),
+                depth=plan.depth_for(p, depth),
             )
             for p, depth in wanted
         ),
@@ -78,33 +82,37 @@ def _unit(
 
 
 def shortfalls(
-    plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress
+    plan: Plan, inventory: Inventory, *, runtime: Runtime, progress: Progress
 ) -> dict[tuple[str, str], int]:
     """How many components of a source (revision) and matrix must be there for the selection to be
     certain, where fewer are."""
-    units = list(select_units(plan, attempt=attempt))
-    found = runtime.map(tasks.shortfalls, units, stage="threshold", progress=progress)
+    cut = find_cut(plan, inventory, runtime=runtime, progress=progress)
+    units = list(select_units(plan, inventory, cut))
+    task = partial(select_tasks.shortfalls, floor=cut.floor)
+    found = runtime.map(task, units, stage="threshold", progress=progress)
     return {(revision, name): depth for part in found for revision, name, depth in part}
 
 
 def decompose(
-    plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress, whole: bool = False
-) -> list[tasks.Receipt]:
+    plan: Plan, *, runtime: Runtime, progress: Progress, whole: bool = False
+) -> list[Receipt]:
     """Receipts of the units that were decomposed now; those committed before are not among them.
 
     Rounds: a block of every matrix first, then more of those sources whose bound exceeds the cut,
     until none does.
     """
-    units, receipts = list(pending(plan, whole=whole)), list[tasks.Receipt]()
-    for number in itertools.count():
+    inventory, receipts = take_inventory(plan, runtime=runtime, progress=progress), list[Receipt]()
+    units = list(pending(plan, inventory, whole=whole))
+    while True:
         receipts += runtime.map(tasks.decompose, units, stage="decompose", progress=progress)
         if whole or not plan.is_shared:
-            break
-        short = shortfalls(plan, attempt=f"{attempt}-{number}", runtime=runtime, progress=progress)
-        units = list(_units(plan, partial(_depth, short)))
+            return receipts
+        if units:
+            inventory = take_inventory(plan, runtime=runtime, progress=progress)
+        short = shortfalls(plan, inventory, runtime=runtime, progress=progress)
+        units = list(_units(plan, inventory, partial(_depth, short)))
         if not units:
-            break
-    return receipts
+            return receipts
 
 
 def _depth(depths: Mapping[tuple[str, str], int], source: Source, parameter: Parameter) -> int:

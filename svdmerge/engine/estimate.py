@@ -24,7 +24,7 @@ class TensorLine:
     dtype: str
     action: str
     k: int | None
-    """Components kept per matrix, where it is decomposed."""
+    """Components kept per matrix, where it is decomposed; at most, if all share one budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,7 @@ class Estimate:
     """A plan's outcome for every tensor, and its costs."""
 
     plan_hash: str
+    scope: str
     num_sources: int
     tensors: tuple[TensorLine, ...]
     actions: dict[str, int]
@@ -62,6 +63,7 @@ def estimate(plan: Plan) -> Estimate:
     )
     return Estimate(
         plan_hash=plan.hash,
+        scope=plan.recipe.parameters.scope,
         num_sources=num,
         tensors=tuple(_line(plan, name) for name in plan.base.tensors),
         actions=dict(Counter(str(a) for a in plan.actions.values())),
@@ -112,5 +114,6 @@ def _line(plan: Plan, name: str) -> TensorLine:
     ref, action = plan.base.tensors[name], plan.actions[name]
     k = None
     if action is Action.DECOMPOSE:
-        k = next(plan.budget(p) for p in plan.parameters if p.tensor == name)
+        most = plan.num_given if plan.is_global else plan.budget
+        k = next(most(p) for p in plan.parameters if p.tensor == name)
     return TensorLine(name=name, shape=ref.shape, dtype=ref.dtype, action=str(action), k=k)

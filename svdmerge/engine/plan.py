@@ -11,7 +11,7 @@ from importlib.metadata import version
 from svdmerge.core.methods.registry import METHODS, Method, Takes
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
-from svdmerge.recipe import Recipe, TuneConfig
+from svdmerge.recipe import Recipe, SourceModel, TuneConfig
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import (
     FLOATING,
@@ -33,6 +33,8 @@ class Source:
 
     reference: str
     weight: float
+    quota: float
+    """Share of each matrix's slots that it may take."""
     checkpoint: Checkpoint
     ignored: tuple[str, ...]
     """Tensors that the base does not have: they have no place in the output."""
@@ -101,7 +103,20 @@ class Plan:
 
     def depth(self, parameter: Parameter) -> int:
         """The most components stored of each source: what it can give, in whole blocks."""
-        return min(parameter.rank, -(-self.of_each(parameter) // BLOCK) * BLOCK)
+        return in_blocks(self.of_each(parameter), parameter)
+
+    def depth_for(self, parameter: Parameter, wanted: int) -> int:
+        """The same where so many are wanted: more only where matrices compete."""
+        return max(self.depth(parameter), in_blocks(wanted, parameter))
+
+    def deepest(self, parameter: Parameter) -> int:
+        """The most components that can ever be stored of a source for this recipe."""
+        return parameter.rank if self.is_global else self.depth(parameter)
+
+    @property
+    def is_global(self) -> bool:
+        """Whether all matrices compete for one budget: one keeps anything from 0 to its rank."""
+        return self.recipe.parameters.scope == "global"
 
     @property
     def is_shared(self) -> bool:
@@ -110,6 +125,8 @@ class Plan:
 
     def num_given(self, parameter: Parameter) -> int:
         """The most components that all sources together give."""
+        if self.is_global:
+            return parameter.rank
         pooled = self.method.takes is Takes.POOLED
         return self.of_each(parameter) * (1 if pooled else len(self.sources))
 
@@ -118,6 +135,11 @@ class Plan:
         if parameter.action is Action.DECOMPOSE:
             return min(self.num_given(parameter), parameter.rank)
         return min(parameter.m, parameter.n) if parameter.is_factored else 1
+
+
+def in_blocks(depth: int, parameter: Parameter) -> int:
+    """So many components of a matrix, in whole blocks."""
+    return min(parameter.rank, -(-depth // BLOCK) * BLOCK)
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -133,7 +155,7 @@ def make_plan(recipe: Recipe) -> Plan:
     actions = {name: _action(recipe, base, ref) for name, ref in base.tensors.items()}
     sources = tuple(
         sorted(
-            (_source(m.model, weight=m.weight, base=base, actions=actions) for m in recipe.models),
+            (_source(m, base=base, actions=actions) for m in recipe.models),
             key=lambda s: s.revision,
         )
     )
@@ -203,8 +225,8 @@ def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
 
 def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
     """Peak memory of a unit: its largest matrix, and twice what it stores (once encoded)."""
-    stored = sum(stored_bytes(p, depth=plan.depth(p)) for p in parameters)
-    peak = max(decompose_bytes(p, depth=plan.depth(p)) for p in parameters)
+    stored = sum(stored_bytes(p, depth=plan.deepest(p)) for p in parameters)
+    peak = max(decompose_bytes(p, depth=plan.deepest(p)) for p in parameters)
     return peak + 2 * stored
 
 
@@ -247,9 +269,8 @@ def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
     )
 
 
-def _source(
-    reference: str, *, weight: float, base: Checkpoint, actions: Mapping[str, Action]
-) -> Source:
+def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Action]) -> Source:
+    reference = model.model
     source = open_checkpoint(reference)
     wanted = [name for name, action in actions.items() if action is not Action.BASE]
     missing = [name for name in wanted if name not in source.tensors]
@@ -274,7 +295,8 @@ def _source(
         )
     return Source(
         reference=reference,
-        weight=weight,
+        weight=model.weight,
+        quota=model.quota,
         checkpoint=source,
         ignored=tuple(sorted(set(source.tensors) - set(base.tensors))),
     )
@@ -365,7 +387,7 @@ def _hash(
         # Copied to the output, and no part of the weights' revision.
         "config": base.config,
         "actions": actions,
-        "sources": [(s.revision, s.weight) for s in sources],
+        "sources": [(s.revision, s.weight, s.quota) for s in sources],
         "recipe": recipe.numeric_digest(),
         "numerics": numerics_class(recipe.resources.threads),
         "schema": layout.SCHEMA_VERSION,

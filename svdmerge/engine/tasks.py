@@ -1,4 +1,4 @@
-"""Every function that runs on a worker: read, call core, write, return a small receipt."""
+"""What decomposing, merging and writing run on workers: read, compute, write, give a receipt."""
 
 import hashlib
 import resource
@@ -7,25 +7,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 
 from svdmerge.core.components import RankOneComponents, flat, none
 from svdmerge.core.delta import all_finite, delta
 from svdmerge.core.methods.merging import Merging, Part
-from svdmerge.core.methods.registry import Takes
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.solve import Solved, Stored, solve, stored_of
-from svdmerge.engine.winners import (
-    SpectraByMatrix,
-    listed_spectra,
-    select_all,
-    select_components,
-    short_of,
-)
 from svdmerge.errors import ContentError, SolverError
-from svdmerge.storage import layout, schema
+from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
@@ -195,76 +186,6 @@ def _load(store: Folder, base_key: str, revision: str) -> Committed:
         commits=layout.commits_path(base_key, revision),
         data=layout.components_path(base_key, revision),
     )
-
-
-@lru_cache(maxsize=256)
-def _spectra(store: Folder, base_key: str, revision: str, attempt: str) -> SpectraByMatrix:
-    return _committed(store, base_key, revision, attempt).spectra()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelectUnit:
-    """Matrices whose components compete, each within itself, across all sources."""
-
-    name: str
-    memory_bytes: int
-    threads: int
-    store: Folder
-    base_key: str
-    attempt: str
-    sources: tuple[tuple[str, float], ...]
-    """Revision and weight of each source."""
-    budgets: tuple[tuple[Parameter, int], ...]
-    """Components at most: of all sources where these are pooled, else of each."""
-    takes: Takes
-    salience: str
-
-
-def select(unit: SelectUnit) -> dict[str, list[Any]]:
-    """The selected ids, as columns of the selection schema: best first within each matrix."""
-    columns: dict[str, list[Any]] = {f.name: [] for f in schema.SELECTION}
-    chosen = [name for name in columns if name not in ("parameter", "rank")]
-    spectra = {
-        revision: (weight, _spectra(unit.store, unit.base_key, revision, unit.attempt))
-        for revision, weight in unit.sources
-    }
-    for parameter, k in unit.budgets:
-        key = parameter.source_id
-        listed = listed_spectra(key, spectra)
-        if parameter.action is Action.DECOMPOSE:
-            rows = select_components(listed, takes=unit.takes, salience=unit.salience, k=k)
-        else:
-            rows = select_all(listed)
-        for rank, row in enumerate(rows):
-            columns["parameter"].append(key)
-            columns["rank"].append(rank)
-            # Not `asdict`, whose deep copies took longer than selecting.
-            for name in chosen:
-                columns[name].append(getattr(row, name))
-    return columns
-
-
-def shortfalls(unit: SelectUnit) -> list[tuple[str, str, int]]:
-    """Source, matrix and depth to go to, wherever what is not stored might be selected."""
-    spectra = {
-        revision: (weight, _spectra(unit.store, unit.base_key, revision, unit.attempt))
-        for revision, weight in unit.sources
-    }
-    sources = {
-        revision: _committed(unit.store, unit.base_key, revision, unit.attempt)
-        for revision, _ in unit.sources
-    }
-    return [
-        (revision, p.source_id, depth)
-        for p, k in unit.budgets
-        if p.action is Action.DECOMPOSE
-        for revision, depth in short_of(
-            listed_spectra(p.source_id, spectra),
-            stored={revision: source.depth(p.source_id) for revision, source in sources.items()},
-            salience=unit.salience,
-            k=k,
-        )
-    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,42 +1,108 @@
-"""What another budget would keep, from stored spectra alone: no vector is read."""
+"""What another selection would keep and leave out, from stored spectra alone: no vector is read."""
 
+import difflib
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from svdmerge.core.methods.registry import Takes
-from svdmerge.core.params import Action, budget
-from svdmerge.engine.decompose import load_source
-from svdmerge.engine.plan import Plan
+from svdmerge.core.params import Action, Parameter
+from svdmerge.engine.inventory import Inventory, take_inventory
+from svdmerge.engine.plan import Plan, Source, in_blocks, stored_bytes
+from svdmerge.engine.runtime import InProcess
+from svdmerge.engine.select import Cut, find_cut, select_units
+from svdmerge.engine.select_tasks import Budget, matrices
 from svdmerge.engine.winners import (
     Listed,
-    Selected,
-    SpectraByMatrix,
-    largest_unlisted,
-    listed_spectra,
+    all_values,
+    cut_of,
+    is_open,
     select_components,
 )
 from svdmerge.errors import RecipeError, StoreError
+from svdmerge.progress import SILENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a budget keeps."""
+    """What a selection keeps."""
 
     k: int | float
     kept: dict[str, int]
     """Components kept of each source."""
     energy: float
     """Share of the sources' squared Frobenius norms that is kept, matrices and sources together."""
+    frobenius: float
+    """What is left out has this Frobenius norm at most: of each matrix the weighted sum of its
+    sources' remainders, over all matrices. Like the spectral norm to rounding of stored values."""
+    spectral: float
+    """No matrix's left-out part has a larger singular value."""
     factor_bytes: int
     """Size of the merged factors (float32)."""
-    certain: bool
-    """False if a value that is not stored might have been chosen: deepen first."""
+    store_bytes: int
+    """Size of the components that must be stored for it, of all sources (float32)."""
+    num_open: int
+    """Matrices of sources of which a value that is not stored might have been chosen."""
+
+    @property
+    def certain(self) -> bool:
+        """False if a value that is not stored might have been chosen: deepen first."""
+        return self.num_open == 0
 
     def to_json(self) -> dict[str, object]:
         """The outcome as plain values."""
-        return asdict(self)
+        fields: dict[str, object] = asdict(self)
+        return fields | {"certain": self.certain}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfMatrix:
+    """What is kept and left out of one matrix."""
+
+    kept: dict[str, int]
+    energy: float
+    total: float
+    frobenius: float
+    spectral: float
+    factor_bytes: int
+    store_bytes: int
+    num_open: int
+
+
+def asked(
+    plan: Plan,
+    *,
+    salience: str | None = None,
+    scope: str | None = None,
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
+) -> Plan:
+    """The plan with another salience or scope, and `only` these of its sources or all `without`
+    those, named as in the recipe or by the last part of that.
+
+    Raises:
+        RecipeError: the method ranks nothing, a source is unknown, or none is left.
+    """
+    changes = {"salience": salience, "scope": scope}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if unused := sorted(changes.keys() - plan.method.parameters):
+        raise RecipeError(
+            f"--{unused[0]}: {plan.recipe.merge_method} does not use it",
+            "",
+            "Leave it out, or ask what-if of a method that ranks components, such as axis.",
+        )
+    left = {_named(plan, name) for name in only} or {s.revision for s in plan.sources}
+    left -= {_named(plan, name) for name in without}
+    if not left:
+        raise RecipeError("--without: no source is left", "", "Leave one in.")
+    return replace(
+        _with_parameters(plan, changes),
+        sources=tuple(s for s in plan.sources if s.revision in left),
+    )
 
 
 def whatif(plan: Plan, *, budgets: Sequence[int | float]) -> list[Outcome]:
@@ -52,53 +118,106 @@ def whatif(plan: Plan, *, budgets: Sequence[int | float]) -> list[Outcome]:
             "There is no budget k whose choice could be looked at.",
             "Ask what-if of a method that takes components, such as axis.",
         )
-    sources = [(s, load_source(plan, s)) for s in plan.sources]
-    for source, committed in sources:
+    inventory = take_inventory(plan, runtime=InProcess(), progress=SILENT)
+    for source in plan.sources:
         # An empty matrix has no components, and is never stored.
-        if not all(p.source_id in committed for p in plan.parameters if plan.depth(p)):
+        if not all(inventory.is_known(source.revision, p) for p in plan.parameters if p.rank):
             raise StoreError(
                 f"{source.reference}: is not decomposed in {plan.store.uri}",
                 "What-if answers from stored spectra.",
                 "Run `svdmerge decompose` first.",
             )
-    spectra = {s.revision: c.spectra() for s, c in sources}
-    return [_outcome(plan, k, spectra) for k in budgets]
+    return [_outcome(_with_parameters(plan, {"k": k}), inventory) for k in budgets]
 
 
-def _outcome(plan: Plan, k: int | float, spectra: dict[str, SpectraByMatrix]) -> Outcome:
-    kept: Counter[str] = Counter({s.reference: 0 for s in plan.sources})
+def _with_parameters(plan: Plan, changes: dict[str, Any]) -> Plan:
+    parameters = plan.recipe.parameters.model_copy(update=changes)
+    return replace(plan, recipe=plan.recipe.model_copy(update={"parameters": parameters}))
+
+
+def _named(plan: Plan, name: str) -> str:
+    """The revision of the source that is called so."""
+    found = [s for s in plan.sources if name in (s.reference, _short(s))]
+    if len(found) != 1:
+        known = [_short(s) for s in plan.sources]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise RecipeError(
+            f"{name}: {'several sources are' if found else 'no source is'} called so",
+            f"The nearest is {near[0]}." if near else f"Known: {', '.join(known)}.",
+            "Name sources as the recipe does, or by the last part of that.",
+        )
+    return found[0].revision
+
+
+def _short(source: Source) -> str:
+    return source.reference.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _outcome(plan: Plan, inventory: Inventory) -> Outcome:
+    cut = find_cut(plan, inventory, runtime=InProcess(), progress=SILENT)
     names = {s.revision: s.reference for s in plan.sources}
-    salience, takes = plan.salience, plan.method.takes
-    energy = total = 0.0
-    size, certain = 0, True
-    for parameter in plan.parameters:
-        if parameter.action is not Action.DECOMPOSE:
-            continue
-        listed = listed_spectra(
-            parameter.id, {s.revision: (s.weight, spectra[s.revision]) for s in plan.sources}
-        )
-        wanted = budget(k, rank=parameter.rank)
-        wanted = plan.method.of_each(wanted, num_sources=len(plan.sources))
-        rows = select_components(listed, takes=takes, salience=salience, k=wanted)
-        kept.update(names[row.source] for row in rows)
-        energy += sum(row.s**2 for row in rows)
-        total += sum(x.spectra[0].fro ** 2 for x in listed)
-        size += 4 * min(len(rows), parameter.rank) * (parameter.m + parameter.n + 1)
-        certain &= all(
-            largest_unlisted(x, salience=salience) <= _cut(x, rows, takes=takes, k=wanted)
-            for x in listed
-        )
+    kept: Counter[str] = Counter(dict.fromkeys(names.values(), 0))
+    found = list(_of_matrices(plan, inventory, cut))
+    for part in found:
+        kept.update({names[revision]: n for revision, n in part.kept.items()})
+    total = sum(x.total for x in found)
     return Outcome(
-        k=k, kept=dict(kept), energy=energy / total if total else 0.0, factor_bytes=size,
-        certain=certain,
-    )  # fmt: skip
+        k=plan.recipe.parameters.k,
+        kept=dict(kept),
+        energy=sum(x.energy for x in found) / total if total else 0.0,
+        frobenius=math.hypot(*(x.frobenius for x in found)),
+        spectral=max((x.spectral for x in found), default=0.0),
+        factor_bytes=sum(x.factor_bytes for x in found),
+        store_bytes=sum(x.store_bytes for x in found),
+        num_open=sum(x.num_open for x in found),
+    )
 
 
-def _cut(listed: Listed, rows: Sequence[Selected], *, takes: Takes, k: int) -> float:
-    """What a value of the source must not exceed in order to be surely left out."""
-    rivals = [r for r in rows if takes is Takes.POOLED or r.source == listed.source]
-    # A budget that the stored values do not fill would take any other; values of one source
-    # descend, so where that alone counts, nothing that is not listed can come before.
-    if len(rivals) < k:
-        return 0.0
-    return rivals[-1].salience if takes is Takes.POOLED else math.inf
+def _of_matrices(plan: Plan, inventory: Inventory, cut: Cut) -> Iterator[_OfMatrix]:
+    for unit in select_units(plan, inventory, cut):
+        for b, listed in matrices(unit):
+            if b.parameter.action is Action.DECOMPOSE:
+                yield _of_matrix(plan, b, listed, floor=cut.floor)
+
+
+def _of_matrix(plan: Plan, b: Budget, listed: Sequence[Listed], *, floor: float) -> _OfMatrix:
+    p, takes, salience = b.parameter, plan.method.takes, plan.salience
+    rows = select_components(listed, takes=takes, salience=salience, k=b.k)
+    kept = rows.kept(len(listed))
+    rests = [_left_out(x, n) for x, n in zip(listed, kept, strict=True)]
+    # What one source gives first depends on no other, if sources do not compete.
+    cut = cut_of(rows, cap=b.most, floor=floor) if takes is Takes.POOLED else 0.0
+    return _OfMatrix(
+        kept={x.source: n for x, n in zip(listed, kept, strict=True)},
+        energy=float((rows.s.astype(np.float64) ** 2).sum()),
+        total=sum(x.spectra[0].fro ** 2 for x in listed),
+        # Remainders of different sources may point the same way: the triangle inequality.
+        frobenius=sum(frobenius for frobenius, _ in rests),
+        spectral=sum(spectral for _, spectral in rests),
+        factor_bytes=stored_bytes(p, depth=min(len(rows), p.rank)),
+        store_bytes=sum(
+            stored_bytes(p, depth=_depth(plan, p, x, n)) for x, n in zip(listed, kept, strict=True)
+        ),
+        num_open=sum(is_open(x, cap=b.most, cut=cut, salience=salience) for x in listed),
+    )
+
+
+def _left_out(listed: Listed, kept: int) -> tuple[float, float]:
+    """Frobenius norm and largest singular value of a source's weighted remainder, at most."""
+    values, last = all_values(listed.spectra).astype(np.float64), listed.spectra[-1]
+    # All values being listed, their squares add up; else those kept are taken off the whole's,
+    # less than what float32 rounded off them.
+    squared = float((values[kept:] ** 2).sum())
+    if last.bound > 0:
+        taken = float((values[:kept] ** 2).sum())
+        squared = max(squared, last.fro**2 - taken * (1 - np.finfo(np.float32).eps))
+    largest = float(values[kept]) if kept < len(values) else last.bound
+    return listed.weight * math.sqrt(squared), listed.weight * largest
+
+
+def _depth(plan: Plan, parameter: Parameter, listed: Listed, kept: int) -> int:
+    """Components that are stored of a source if so many are kept: what a solver finds that cannot
+    stop early is stored as deep as the budget, else whole blocks, one at least."""
+    if listed.spectra[-1].bound == 0:
+        return plan.depth_for(parameter, kept)
+    return in_blocks(max(kept, 1), parameter)

@@ -19,6 +19,15 @@ class StageReport:
     """Largest resident size of a worker so far, Python and torch included."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageProgress:
+    """How far a step is: units done, of all."""
+
+    name: str
+    done: int
+    total: int
+
+
 @dataclass(slots=True, kw_only=True)
 class RunReport:
     """A run, as `run.json` holds it and `--json` prints it."""
@@ -27,6 +36,8 @@ class RunReport:
     out: str
     store: str
     status: str = "running"
+    progress: StageProgress | None = None
+    """Of the last step that began: where a run is, or where it ended."""
     stages: list[StageReport] = field(default_factory=list[StageReport])
     kept: dict[str, int] = field(default_factory=dict[str, int])
     """Components kept of each source."""

@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from svdmerge.core.components import RankOneComponents, concatenate
 from svdmerge.errors import StoreError
@@ -44,12 +44,26 @@ class Covered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """What one unit of work left in the store."""
+class Coverage:
+    """What a commit covers and which objects it names: its record less the blocks, which are most
+    of it, and which only who reads components needs."""
 
     shard: Entry
     spectrum: Entry | None
     covered: tuple[Covered, ...]
+
+    @staticmethod
+    def from_json(data: bytes, *, place: str = "commit") -> "Coverage":
+        """Of the record in bytes, read at a place. Raises: StoreError, if it is not one."""
+        with _told(place):
+            raw = _record(data, place)
+            return Coverage(**{name: raw[name] for name in ("shard", "spectrum", "covered")})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit(Coverage):
+    """What one unit of work left in the store."""
+
     blocks: tuple[Block, ...]
     solver: str
     numerics: str
@@ -62,23 +76,37 @@ class Commit:
     @staticmethod
     def from_json(data: bytes, *, place: str = "commit") -> "Commit":
         """The record in bytes, read at a place. Raises: StoreError, if it is not one."""
-        try:
-            raw: dict[str, Any] = json.loads(data)
-            if raw["schema_version"] != schema.VERSION:
-                raise StoreError(
-                    f"{place}: has schema version {raw['schema_version']}",
-                    f"This version reads {schema.VERSION}.",
-                    "Use a fresh store.",
-                )
-            raw["shard"] = Entry(**raw["shard"])
-            raw["spectrum"] = Entry(**raw["spectrum"]) if raw["spectrum"] else None
-            raw["covered"] = tuple(Covered(**c) for c in raw["covered"])
+        with _told(place):
+            raw = _record(data, place)
             raw["blocks"] = tuple(Block(**b) for b in raw["blocks"])
             return Commit(**raw)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StoreError(
-                f"{place}: malformed commit record", str(error), "Delete it and run again."
-            ) from error
+
+
+def _record(data: bytes, place: str) -> dict[str, Any]:
+    """A record's fields, the blocks as they are."""
+    raw: dict[str, Any] = json.loads(data)
+    if raw["schema_version"] != schema.VERSION:
+        raise StoreError(
+            f"{place}: has schema version {raw['schema_version']}",
+            f"This version reads {schema.VERSION}.",
+            "Use a fresh store.",
+        )
+    return raw | {
+        "shard": Entry(**raw["shard"]),
+        "spectrum": Entry(**raw["spectrum"]) if raw["spectrum"] else None,
+        "covered": tuple(Covered(**c) for c in raw["covered"]),
+    }
+
+
+@contextlib.contextmanager
+def _told(place: str) -> Generator[None]:
+    """Turn whatever a malformed record raises into an error that names its place."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(
+            f"{place}: malformed commit record", str(error), "Delete it and run again."
+        ) from error
 
 
 def put_unit(
@@ -127,7 +155,7 @@ def read_commit(store: Folder, path: str) -> Commit:
     return Commit.from_json(store.read(path), place=f"{store.uri}/{path}")
 
 
-def objects(commit: Commit) -> list[Entry]:
+def objects(commit: Coverage) -> list[Entry]:
     """The objects a commit names."""
     return [commit.shard] + ([commit.spectrum] if commit.spectrum else [])
 
@@ -143,6 +171,45 @@ def _put(store: Folder, prefix: str, suffix: str, data: bytes) -> Entry:
     # Written also where it is: the one there may be damaged, and its name says what it must hold.
     store.put(path, data)
     return Entry(path=path, size=len(data), sha256=sha256)
+
+
+C = TypeVar("C", bound=Coverage)
+
+
+def _whole(store: Folder, read: Callable[..., C], *, commits: str, data: str) -> list[C]:
+    """Commits below a prefix, less those whose objects are not listed below `data`."""
+    sizes = store.find(data)
+    paths = [p for p in store.find(commits) if p.endswith(".json")]
+    found = [read(store.read(p), place=f"{store.uri}/{p}") for p in paths]
+    return [c for c in found if all(sizes.get(e.path) == e.size for e in objects(c))]
+
+
+def load_coverage(store: Folder, *, commits: str, data: str) -> list[Coverage]:
+    """What the commits below a prefix cover, as `Committed.load` would have it."""
+    return _whole(store, Coverage.from_json, commits=commits, data=data)
+
+
+def depth_of(covered: Iterable[Covered]) -> int:
+    """Components of a matrix that are stored without a gap, by its records in order of `first`."""
+    depth = 0
+    for part in covered:
+        if part.first <= depth:
+            depth = max(depth, part.depth)
+    return depth
+
+
+def read_sidecar(store: Folder, entry: Entry) -> list[Spectrum]:
+    """The spectra in a sidecar. Raises: StoreError, if it is not what its commit says."""
+    data = b""
+    with contextlib.suppress(FileNotFoundError):
+        data = store.read(entry.path)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise StoreError(
+            f"{store.uri}/{entry.path}: not what its commit says",
+            "The sidecar was damaged or replaced.",
+            f"Delete the commits that `svdmerge store verify {store.uri}` names, then run again.",
+        )
+    return decode_spectra(data)
 
 
 class Committed:
@@ -161,22 +228,14 @@ class Committed:
     @staticmethod
     def load(store: Folder, *, commits: str, data: str) -> "Committed":
         """Commits below a prefix, less those whose objects are not listed below `data`."""
-        sizes = store.find(data)
-        paths = [p for p in store.find(commits) if p.endswith(".json")]
-        found = [read_commit(store, p) for p in paths]
-        whole = [c for c in found if all(sizes.get(e.path) == e.size for e in objects(c))]
-        return Committed(store, whole)
+        return Committed(store, _whole(store, Commit.from_json, commits=commits, data=data))
 
     def __contains__(self, parameter: str) -> bool:
         return parameter in self._covered
 
     def depth(self, parameter: str) -> int:
         """Components of the matrix that are stored without a gap from the first on."""
-        depth = 0
-        for covered, _ in self._covered.get(parameter, []):
-            if covered.first <= depth:
-                depth = max(depth, covered.depth)
-        return depth
+        return depth_of(covered for covered, _ in self._covered.get(parameter, []))
 
     def held(self, parameter: str) -> int:
         """Components there are to read: fewer than the depth where the difference has less rank."""
@@ -226,17 +285,7 @@ class Committed:
         for commit in self.commits:
             if commit.spectrum is None:
                 continue
-            data = b""
-            with contextlib.suppress(FileNotFoundError):
-                data = self.store.read(commit.spectrum.path)
-            if hashlib.sha256(data).hexdigest() != commit.spectrum.sha256:
-                raise StoreError(
-                    f"{self.store.uri}/{commit.spectrum.path}: not what its commit says",
-                    "The sidecar was damaged or replaced.",
-                    f"Delete the commits that `svdmerge store verify {self.store.uri}` names, "
-                    "then run again.",
-                )
-            for spectrum in decode_spectra(data):
+            for spectrum in read_sidecar(self.store, commit.spectrum):
                 found[spectrum.parameter].append(spectrum)
         for parts in found.values():
             parts.sort(key=lambda x: x.first)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from svdmerge.errors import TrainingError
+from svdmerge.errors import SvdmergeError, TrainingError
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import FLOATING, Checkpoint
 
@@ -43,19 +43,19 @@ class Backbone:
     def features(self, inputs: Inputs) -> Tensor:
         """Features (b, d)."""
         if self.pooled:
-            return _checked(self.module(inputs))
+            return _checked(self._output(inputs))
         if isinstance(inputs, Tensor):
-            hidden = self.module(inputs).last_hidden_state
+            hidden = self._output(inputs).last_hidden_state
             # Of patches (b, t, d), or of a convolution's maps (b, d, h, w).
             return _checked(hidden.mean(dim=1) if hidden.dim() == 3 else hidden.mean(dim=(2, 3)))
-        hidden = self.module(**inputs).last_hidden_state
+        hidden = self._output(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         # At least one: a text of no tokens must not divide by zero.
         return _checked((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0))
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """A language model's scores of each next token (b, t, vocabulary)."""
-        out = self.module(**inputs)
+        out = self._output(**inputs)
         logits: object = getattr(out, "logits", out)
         shape = (*inputs["input_ids"].shape,)
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != shape:
@@ -66,6 +66,22 @@ class Backbone:
                 "Set `model` to a causal language model, as transformers:AutoModelForCausalLM.",
             )
         return logits
+
+    def _output(self, *inputs: Inputs, **columns: Tensor) -> Any:
+        """What the module returns; whatever a module of anyone's raises is told as ours."""
+        try:
+            return self.module(*inputs, **columns)
+        except (SvdmergeError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            for x in inputs:
+                columns |= {"inputs": x} if isinstance(x, Tensor) else x
+            shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in columns.items())
+            raise TrainingError(
+                f"the backbone fails on {shapes}",
+                f"{type(error).__name__}: {error}",
+                "Check that `task`, `input` and `model` fit each other and the base model.",
+            ) from error
 
     def module_name(self, name: str) -> str:
         """The module's name of a checkpoint's tensor."""

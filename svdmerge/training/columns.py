@@ -122,7 +122,8 @@ def check_classes(column: Column, *, label: str) -> int:
             f"{place}: holds the label {found[0]}", "Labels start at 0.", "Number the classes."
         )
     if len(found) != found[-1] + 1:
-        absent = int(np.setdiff1d(np.arange(found[-1] + 1), found)[0])
+        # The first class out of step: the largest label may be any number at all.
+        absent = int(np.flatnonzero(found[:-1] + 1 != found[1:])[0]) + 1 if found[0] == 0 else 0
         raise TrainingError(
             f"{place}: no example of class {absent}",
             f"{len(found)} classes, yet the largest label is {found[-1]}.",
@@ -153,5 +154,12 @@ def stacked(column: Column, name: str) -> Tensor:
             "`task: tensor` needs lists of numbers.",
             "Decode it to numbers first.",
         )
-    array = values.to_numpy(zero_copy_only=False).astype(np.float32)
-    return torch.from_numpy(array.reshape(shape))
+    array = values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(shape)
+    finite = np.isfinite(array.reshape(shape[0], -1)).all(axis=1)
+    if not finite.all():
+        raise TrainingError(
+            f"{column.places[int(np.argmin(finite))]}: column `{name}` holds NaN, Inf or nulls",
+            f"{int((~finite).sum())} rows do.",
+            "Fill or drop those rows.",
+        )
+    return torch.from_numpy(array)

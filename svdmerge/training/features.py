@@ -10,6 +10,7 @@ import torch
 from safetensors import torch as files
 from torch import Tensor
 
+from svdmerge.errors import TrainingError
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
@@ -47,7 +48,23 @@ def extract(backbone: Backbone, examples: Examples, *, device: torch.device) -> 
         parts.append(backbone.features(inputs).float().cpu())
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(len(order))
-    return torch.cat(parts)[back]
+    return finite(torch.cat(parts)[back], what="features")
+
+
+def finite(measured: Tensor, *, what: str) -> Tensor:
+    """What a model measured, a row per example.
+
+    Raises:
+        TrainingError: some of it is no number: it would be judged, and stored, as if it were one.
+    """
+    bad = ~torch.isfinite(measured).all(dim=1)
+    if bool(bad.any()):
+        raise TrainingError(
+            f"the {what} of {int(bad.sum())} of {len(bad)} examples are NaN or Inf",
+            f"The model overflows, first on example {int(bad.nonzero()[0])} from 0.",
+            "Check its weights; if it was tuned, lower the learning rates.",
+        )
+    return measured
 
 
 class FeatureStore:

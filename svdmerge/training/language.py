@@ -9,7 +9,7 @@ from torch import Tensor
 from svdmerge.errors import TrainingError
 from svdmerge.training.backbone import Backbone, Inputs
 from svdmerge.training.data import Examples
-from svdmerge.training.features import to_device
+from svdmerge.training.features import finite, to_device
 
 # Texts at once without gradients: logits hold a number per token of the vocabulary.
 BATCH = 8
@@ -49,7 +49,7 @@ def predictions(backbone: Backbone, examples: Examples, *, device: torch.device)
         rows = order[start : start + BATCH]
         predicted = predict(backbone, to_device(examples.batch(rows), device))
         found[rows] = torch.stack([predicted.nll, predicted.accuracy], dim=1).cpu()
-    return found
+    return finite(found, what="likelihoods")
 
 
 def nll_per_example(backbone: Backbone, examples: Examples, *, device: torch.device) -> Tensor:

@@ -135,14 +135,25 @@ class Classification:
         # The head stays in float32 where the backbone runs in less.
         with torch.autocast(features.device.type, enabled=False):
             scores = head(features.float())
-        losses = self.loss(scores, labels)
-        if losses.shape != labels.shape:
+        losses: object = self._loss_of(scores, labels)
+        if not isinstance(losses, Tensor) or losses.shape != labels.shape:
+            got = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
             raise TrainingError(
-                f"loss: returned shape {list(losses.shape)} for {len(labels)} examples",
+                f"loss: returned {got} for {len(labels)} examples",
                 "Expected one loss per example: (scores (b, y), labels (b,)) -> (b,).",
                 "Leave out the mean or sum over examples, as `reduction='none'` does in torch.",
             )
         return losses, (scores.argmax(dim=1) == labels).float()
+
+    def _loss_of(self, scores: Tensor, labels: Tensor) -> object:
+        try:
+            return self.loss(scores, labels)
+        except Exception as error:
+            raise TrainingError(
+                f"loss: fails on scores {list(scores.shape)}, labels {list(labels.shape)}",
+                f"{type(error).__name__}: {error}",
+                "Expected (scores (b, y), labels (b,)) -> (b,).",
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

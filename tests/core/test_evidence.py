@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdmerge.core.evidence import bootstrap_interval, choose, standard_error
+from svdmerge.core.evidence import bootstrap_interval, choose, standard_error, surely_better
 
 
 def drawn(num: int, *, seed: int, mean: float = 0.0) -> Tensor:
@@ -81,3 +81,35 @@ def test_of_equals_the_simplest_is_chosen() -> None:
 
 def test_by_one_example_nothing_richer_is_chosen() -> None:
     assert choose([torch.tensor([3.0]), torch.tensor([1.0])]) == 0
+
+
+def test_of_many_useless_candidates_hardly_ever_one_is_sure() -> None:
+    apart = together = 0
+    for seed in range(60):
+        useless = drawn(18 * 48, seed=seed).reshape(18, 48)
+        apart += any(bootstrap_interval(x)[0] > 0 for x in useless)
+        together += any(surely_better(useless))
+    # Expected of 60: one in three, and one in forty.
+    assert apart >= 12
+    assert together <= 4
+
+
+def test_a_clear_gain_among_many_useless_ones_is_sure() -> None:
+    among = drawn(300 * 64, seed=1).reshape(300, 64)
+    among[7] += 1.0
+    assert [i for i, sure in enumerate(surely_better(among)) if sure] == [7]
+
+
+def test_a_candidate_alone_is_sure_where_its_interval_is_above_zero() -> None:
+    for seed in range(40):
+        x = drawn(60, seed=seed, mean=0.25)
+        low = bootstrap_interval(x)[0]
+        if abs(low) > 0.04:  # the two resample apart, one over its own errors
+            assert surely_better(x[None]) == [low > 0]
+
+
+def test_gains_without_spread_are_sure_and_no_gain_or_a_single_example_is_not() -> None:
+    x = torch.stack([torch.full((9,), 0.3), torch.zeros(9), torch.full((9,), -0.3)])
+    assert surely_better(x) == [True, False, False]
+    assert surely_better(x[:, :1]) == [False] * 3
+    assert surely_better(torch.zeros(0, 5)) == []

@@ -42,6 +42,19 @@ def test_sources_that_are_all_clearly_worse_keep_the_base() -> None:
     assert chosen.weights == {}
 
 
+def test_a_doubted_source_takes_part_where_its_help_is_sure_and_not_where_it_is_lucky() -> None:
+    base = losses(1.5, seed=1)
+    lucky = base - 0.05 - losses(0.0, seed=3)
+    assert 0 < float((base - lucky).mean()) < 0.2
+    sources = {"good": losses(0.1, seed=0), "lucky": lucky, "bad": losses(3.0, seed=2)}
+    every = {"good", "lucky", "bad"}
+    chosen, considered = gate(sources, base=base, judge=worse, doubted=every)
+    assert list(chosen.weights) == ["good"]
+    assert {s for mix in considered for s in mix.weights} == {"good"}
+    alone = gate({"lucky": lucky}, base=base, judge=worse, doubted={"lucky"})
+    assert alone == (BASE, {BASE: base})
+
+
 def test_without_sources_the_base_is_kept() -> None:
     base = losses(0.1, seed=0)
     assert gate({}, base=base, judge=worse) == (BASE, {BASE: base})

@@ -8,11 +8,21 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from merging import Bench, micro_bench, tiny_bench, tree
+from merging import (
+    Bench,
+    dense_axis,
+    is_kept_as_base,
+    micro_bench,
+    numbers,
+    stack_of,
+    tiny_bench,
+    tree,
+)
 
-from svdmerge.engine.whatif import whatif
-from svdmerge.engine.winners import Listed, all_values, select_matrix
-from svdmerge.errors import StoreError
+from svdmerge.engine.decompose import load_source
+from svdmerge.engine.whatif import asked, whatif
+from svdmerge.engine.winners import Listed, Winners, all_values, select_matrix
+from svdmerge.errors import RecipeError, StoreError
 from svdmerge.storage.shards import Spectrum
 
 
@@ -23,6 +33,12 @@ def listed(name: str, s: list[float], *, weight: float = 1.0, bound: float = 0.0
         noise=0.0, first=0, s=values, solver="exact",
     )  # fmt: skip
     return Listed(sha256=name, source=f"source {name}", weight=weight, spectra=[spectrum])
+
+
+def ids(sources: list[Listed], rows: Winners) -> list[tuple[float, str, int]]:
+    """Value, content and index of each."""
+    contents = [sources[i].sha256 for i in rows.source]
+    return list(zip(rows.s.tolist(), contents, rows.index.tolist(), strict=True))
 
 
 spectrum_lists = st.lists(
@@ -39,7 +55,7 @@ def test_the_selection_is_the_head_of_all_values_sorted_with_ties_by_content(
     spectra: list[list[float]], k: int
 ) -> None:
     sources = [listed(f"{i}", s) for i, s in enumerate(spectra)]
-    got = [(r.s, r.sha256, r.index) for r in select_matrix(sources, salience="sigma", k=k)]
+    got = ids(sources, select_matrix(sources, salience="sigma", k=k))
     pool = [(s, f"{i}", j) for i, values in enumerate(spectra) for j, s in enumerate(values) if s]
     assert got == sorted(pool, key=lambda row: (-row[0], row[1], row[2]))[:k]
 
@@ -51,15 +67,15 @@ def test_what_is_kept_of_a_source_is_a_prefix_of_its_list(
     rows = select_matrix(
         [listed(f"{i}", s) for i, s in enumerate(spectra)], salience="relative", k=k
     )
-    for source in {r.source for r in rows}:
-        indices = [r.index for r in rows if r.source == source]
-        assert sorted(indices) == list(range(len(indices)))
+    for source, kept in enumerate(rows.kept(len(spectra))):
+        assert sorted(rows.index[rows.source == source]) == list(range(kept))
 
 
 def test_a_weight_lifts_a_sources_values() -> None:
     sources = [listed("a", [2.0, 1.0]), listed("b", [1.5, 1.0], weight=2.0)]
     rows = select_matrix(sources, salience="sigma", k=2)
-    assert [(r.sha256, r.s, r.salience) for r in rows] == [("b", 1.5, 3.0), ("a", 2.0, 2.0)]
+    assert ids(sources, rows) == [(1.5, "b", 0), (2.0, "a", 0)]
+    assert rows.salience.tolist() == [3.0, 2.0]
 
 
 def test_overlapping_records_of_a_matrix_are_read_as_one_list() -> None:
@@ -139,3 +155,98 @@ def test_whatif_of_a_model_with_an_empty_matrix(tmp_path: Path) -> None:
     (told,) = whatif(bench.plan(parameters={"k": 2}), budgets=[2])
     assert told.kept == report.kept
     assert told.certain
+
+
+def left_out(bench: Bench, k: int, *, sources: list[Path]) -> dict[str, np.ndarray]:
+    """Per matrix the sum of the sources' whole differences less what a run at k keeps of it."""
+    base = numbers(bench.base)
+    merged = dense_axis(base, [numbers(s) for s in sources], k=k)
+    rests: dict[str, np.ndarray] = {}
+    for name, start in base.items():
+        if not is_kept_as_base(name, start):
+            deltas = [stack_of(name, numbers(s)[name] - start) for s in sources]
+            rests |= {m: sum(d[m] for d in deltas) - merged[m] for m in deltas[0]}
+    return rests
+
+
+@pytest.mark.parametrize("solver", ["adaptive", "exact"])
+def test_what_is_left_out_is_within_the_bounds_and_these_are_no_looser_than_sums(
+    tmp_path: Path, solver: str
+) -> None:
+    bench = tiny_bench(tmp_path)
+    parameters = {"k": 2, "svd": solver}
+    bench.run(parameters=parameters)
+    for told in whatif(bench.plan(parameters=parameters), budgets=[2, 7]):
+        rests = left_out(bench, int(told.k), sources=list(bench.sources))
+        frobenius = np.sqrt(sum(np.linalg.norm(r) ** 2 for r in rests.values()))
+        spectral = max(np.linalg.norm(r, 2) for r in rests.values())
+        assert frobenius <= told.frobenius <= 2 * frobenius
+        assert spectral <= told.spectral <= 4 * spectral
+    # Of one source nothing is bounded but known: the rest of its own spectrum.
+    only = bench.raw()["models"][:1]
+    (alone,) = whatif(bench.plan(models=only, parameters=parameters), budgets=[3])
+    rests = left_out(bench, 3, sources=list(bench.sources[:1]))
+    frobenius = np.sqrt(sum(np.linalg.norm(r) ** 2 for r in rests.values()))
+    assert alone.frobenius == pytest.approx(frobenius, rel=1e-5)
+    assert alone.spectral == pytest.approx(
+        max(np.linalg.norm(r, 2) for r in rests.values()), rel=1e-5
+    )
+
+
+def test_nothing_is_left_out_of_one_source_kept_whole(tmp_path: Path) -> None:
+    bench = tiny_bench(tmp_path, num_sources=1)
+    bench.run()
+    (told,) = whatif(bench.plan(), budgets=[1.0])
+    assert told.frobenius == told.spectral == 0.0
+
+
+def test_a_subset_of_sources_another_salience_and_scope_are_what_a_run_of_them_keeps(
+    tmp_path: Path,
+) -> None:
+    bench = tiny_bench(tmp_path)
+    bench.run()
+    first, second, third = bench.raw()["models"]
+    plan = bench.plan()
+    one = whatif(asked(plan, only=["source-1", third], salience="relative"), budgets=[3])
+    other = whatif(asked(plan, without=["source-2"], salience="relative"), budgets=[3])
+    assert one == other
+    report = bench.run(models=[first, third], parameters={"k": 3, "salience": "relative"})
+    assert report.kept == one[0].kept
+    assert second not in one[0].kept
+    (told,) = whatif(asked(plan, scope="global"), budgets=[0.2])
+    assert told.kept == bench.run(parameters={"k": 0.2, "scope": "global"}).kept
+
+
+@pytest.mark.parametrize(
+    ("question", "told"),
+    [
+        ({"only": ["source-9"]}, "source-9: no source is called so"),
+        ({"without": ["source-1", "source-2", "source-3"]}, "no source is left"),
+    ],
+)
+def test_a_wrong_question_is_refused_by_name(
+    tmp_path: Path, question: dict[str, list[str]], told: str
+) -> None:
+    with pytest.raises(RecipeError, match=told):
+        asked(tiny_bench(tmp_path).plan(), **question)
+
+
+def test_a_method_that_ranks_nothing_has_no_other_salience(tmp_path: Path) -> None:
+    plan = tiny_bench(tmp_path).plan(merge_method="tsv_m")
+    with pytest.raises(RecipeError, match="--salience: tsv_m does not use it"):
+        asked(plan, salience="relative")
+
+
+def test_the_factors_and_components_of_a_run_have_the_told_sizes(tmp_path: Path) -> None:
+    bench = tiny_bench(tmp_path)
+    bench.run(parameters={"k": 5})
+    (told,) = whatif(bench.plan(parameters={"k": 5}), budgets=[5])
+    plan = bench.plan(parameters={"k": 5})
+    matrices = [p for p in plan.parameters if p.action == "decompose"]
+    assert told.factor_bytes == sum(4 * min(5, p.rank) * (p.m + p.n + 1) for p in matrices)
+    held = [
+        4 * load_source(plan, s).held(p.id) * (p.m + p.n + 1)
+        for s in plan.sources
+        for p in matrices
+    ]
+    assert told.store_bytes == sum(held)

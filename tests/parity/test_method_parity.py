@@ -215,6 +215,17 @@ def test_svc_divides_what_was_counted_often(
     assert_is_svd(got)
 
 
+@pytest.mark.parametrize(("deltas", "weights"), CASES)
+def test_a_source_of_which_nothing_is_kept_counts_once_in_svc(
+    deltas: list[Tensor], weights: list[float]
+) -> None:
+    kept = leading(deltas, of_each=3)
+    got = svc(kept, weights=weights, num_sources=len(kept) + 2, scale=1.0)
+    parts = weighted([c.dense() for c in kept], weights)
+    absent = [np.zeros_like(parts[0])] * 2
+    assert_same(got.dense(), reference.svc([*parts, *absent]), tolerance=1e-8)
+
+
 def test_svc_of_copies_is_one_of_them_and_of_orthogonal_sources_their_sum() -> None:
     (delta,) = random_deltas(7, 9, seed=5, num=1)
     copies = [exact(delta)] * 4

@@ -119,6 +119,22 @@ def gap(p: Path) -> Path:
     return write(p, x=[[1.0]] * 2, label=[0, 2])
 
 
+def far_apart(p: Path) -> Path:
+    return write(p, x=[[1.0]] * 3, label=[0, 1, 2**62])
+
+
+def late_start(p: Path) -> Path:
+    return write(p, x=[[1.0]] * 2, label=[1, 2])
+
+
+def no_number(p: Path) -> Path:
+    return write(p, x=[[1.0, 2.0], [1.0, float("nan")]], label=[0, 1])
+
+
+def null_inside(p: Path) -> Path:
+    return write(p, x=[[[1.0], [2.0]], [[None], [1.0]]], label=[0, 1])
+
+
 def negative(p: Path) -> Path:
     return write(p, x=[[1.0]] * 2, label=[-1, 0])
 
@@ -152,6 +168,10 @@ FAULTS = [
     (no_column, "has no column `x`"),
     (float_labels, "column `label` is double"),
     (gap, "no example of class 1"),
+    (far_apart, "no example of class 2"),
+    (late_start, "no example of class 0"),
+    (no_number, "row 1: column `x` holds NaN, Inf or nulls"),
+    (null_inside, "row 1: column `x` holds NaN, Inf or nulls"),
     (negative, "holds the label -1"),
     (one_class, "holds one class"),
     (nulls, "column `x` holds 1 nulls"),

@@ -173,6 +173,11 @@ def test_a_text_of_which_nothing_can_be_foretold_is_told_by_row(folder: Path) ->
         run(recipe(folder), address="none")
 
 
+def test_likelihoods_that_are_no_numbers_are_told_and_never_reported(folder: Path) -> None:
+    with pytest.raises(TrainingError, match=r"likelihoods of 12 of 12 examples are NaN or Inf"):
+        run(recipe(folder, learning_rate=1e25, epochs=1, batch_size=64), address="none")
+
+
 def test_a_model_without_next_token_scores_is_told(folder: Path) -> None:
     with pytest.raises(TrainingError, match="the language model returned"):
         run(recipe(folder, model="transformers:AutoModel"), address="none")

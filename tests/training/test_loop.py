@@ -124,6 +124,14 @@ def test_an_epoch_is_kept_if_it_is_better_by_more_than_noise(
     assert found["epoch"] == 5
 
 
+def test_a_head_of_rate_zero_stays_as_it_started(case: Case) -> None:
+    frozen = trained(case, "run", head_learning_rate=0.0)
+    begun = trained(case, "begun", head_learning_rate=1e-30, learning_rate=1e-30)
+    assert any(bool(v.any()) for v in frozen["sigma_change"].values())
+    for name, value in frozen["head"].items():
+        assert torch.equal(value, begun["head"][name])
+
+
 def test_where_no_epoch_is_better_nothing_is_changed(case: Case) -> None:
     state = trained(
         case, "run", validation_share=0.3, patience=1, learning_rate=1e4, head_learning_rate=1e4
@@ -155,6 +163,8 @@ def test_a_loss_by_import_path_is_what_trains(case: Case) -> None:
         ("nowhere:loss", "loss: nowhere:loss: cannot be imported"),
         ("cross-entropy", "loss: cross-entropy: cannot be imported"),
         ("tiny_backbone:mean_loss", r"loss: returned shape \[\] for 1 examples"),
+        ("tiny_backbone:no_loss", "loss: returned None for 1 examples"),
+        ("tiny_backbone:failing_loss", r"loss: fails on scores \[1, 3\], labels \[1\]"),
     ],
 )
 def test_a_loss_that_cannot_be_used_is_told(case: Case, loss: str, message: str) -> None:

@@ -95,3 +95,11 @@ def hinge(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def mean_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(scores, labels)
+
+
+def no_loss(scores: torch.Tensor, labels: torch.Tensor) -> None:
+    del scores, labels
+
+
+def failing_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return scores - labels[:, None, None, None, None] @ scores

@@ -17,6 +17,7 @@ from merging import (
     numbers,
     outcome,
     output_deltas,
+    stored_blocks,
     tree,
     units,
     worst_distance,
@@ -133,6 +134,21 @@ def test_another_order_and_ray_give_the_same_bytes(
     assert outcome(tmp_path / "out") == expected
     ours, theirs = (tree(s, below="components") for s in (bench.store, tmp_path / "store"))
     assert ours == theirs
+
+
+def test_raising_k_recomputes_no_stored_block(bench: Bench, tmp_path: Path) -> None:
+    grown = Bench(root=tmp_path / "grown", base=bench.base, sources=bench.sources)
+    fresh = Bench(root=tmp_path / "fresh", base=bench.base, sources=bench.sources)
+    grown.run(parameters={"k": "5%"})
+    before, files = stored_blocks(grown.store), tree(grown.store, below="components")
+    grown.run(parameters={"k": "20%"})
+    fresh.run(parameters={"k": "20%"})
+    after = stored_blocks(grown.store)
+    print(f"\n{before.total()} blocks at 5 %, {after.total()} at 20 %")  # noqa: T201
+    assert set(after.values()) == {1}
+    assert before.keys() < after.keys()
+    assert files.items() <= tree(grown.store, below="components").items()
+    assert outcome(grown.out) == outcome(fresh.out)
 
 
 def test_a_ninth_source_decomposes_only_itself(bench: Bench, tmp_path: Path) -> None:
