@@ -19,8 +19,8 @@ SHRINKAGES = tuple(10.0 ** (e / 2) for e in range(-4, 5))
 TEMPERATURES = tuple(10.0 ** (e / 8) for e in range(-32, 9))
 # Whose predictions are averaged for the loss that models are compared by. The best setting of each
 # model flatters it by its own luck: of 20 sources and 16 examples the least averaged loss picked
-# one that was 2.5 points better on fresh examples than the least loss of best settings (two targets,
-# ten draws each), as one setting for all models would.
+# one that was 2.5 points better on fresh examples than the least loss of best settings, on two
+# targets of ten draws; one setting for all models did as well.
 MIXED_SHRINKAGES = SHRINKAGES[2:]
 MIXED_TEMPERATURES = tuple(10.0 ** (e / 4) for e in range(-12, 1))
 
