@@ -1,17 +1,17 @@
 """The command line: parse, build, one call, one result. Heavy imports wait for their command."""
 
 import json
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from svdmerge.errors import RecipeError, SvdmergeError
+from svdmerge.errors import RecipeError
+from svdmerge.kind.cli import kind_app
+from svdmerge.terminal import Address, Json, Verbose, guard, progress, show
 
 if TYPE_CHECKING:
-    from svdmerge.progress import Progress
     from svdmerge.report.run_report import RunReport
     from svdmerge.workflow import Run
 
@@ -27,15 +27,10 @@ store_app = typer.Typer(help="Look after a component store.", no_args_is_help=Tr
 app.add_typer(store_app, name="store")
 adapter_app = typer.Typer(help="Use what tuning has trained.", no_args_is_help=True)
 app.add_typer(adapter_app, name="adapter")
+app.add_typer(kind_app, name="kind")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="A folder or fsspec URI.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable result.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")]
-Address = Annotated[
-    str,
-    typer.Option(help="Where tasks run: local (embedded Ray), none, auto, or a cluster's address."),
-]
 
 
 @app.command()
@@ -53,14 +48,14 @@ def demo(
         from svdmerge.demo import run_demo
         from svdmerge.tables import demo_tables
 
-        result = run_demo(out, address=address, progress=_progress())
-        _show(
+        result = run_demo(out, address=address, progress=progress())
+        show(
             as_json,
             result.to_json,
             lambda: demo_tables(result.rows, seconds=result.seconds, paths=result.paths),
         )
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
 
 
 @app.command()
@@ -79,9 +74,9 @@ def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) ->
 
             return plan_tables(found)
 
-        _show(as_json, found.to_json, tables)
+        show(as_json, found.to_json, tables)
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
 
 
 @app.command()
@@ -142,11 +137,11 @@ def rank(
         from svdmerge.workflow import rank as ranking_of
 
         found = ranking_of(
-            load_recipe(recipe), examples=examples, address=address, progress=_progress()
+            load_recipe(recipe), examples=examples, address=address, progress=progress()
         )
-        _show(as_json, lambda: json.loads(found.to_json()), lambda: ranking_tables(found))
+        show(as_json, lambda: json.loads(found.to_json()), lambda: ranking_tables(found))
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
 
 
 @app.command()
@@ -175,7 +170,8 @@ def whatif(
 
         loaded = load_recipe(recipe)
         try:
-            budgets = [parse_share(part) for part in k.split(",")] if k else [loaded.parameters.k]
+            given = [] if k is None else [parse_share(part) for part in k.split(",")]
+            budgets = given or [loaded.parameters.k]
         except ValueError as error:
             raise RecipeError(f"--k {k}: {error}") from None
         plan = asked(
@@ -183,9 +179,9 @@ def whatif(
             without=_names(without),
         )  # fmt: skip
         outcomes = outcomes_of(plan, budgets=budgets)
-        _show(as_json, lambda: [o.to_json() for o in outcomes], lambda: [whatif_table(outcomes)])
+        show(as_json, lambda: [o.to_json() for o in outcomes], lambda: [whatif_table(outcomes)])
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
 
 
 @app.command()
@@ -201,11 +197,54 @@ def verify(
         from svdmerge.verify import verify as checks_of
 
         checks = checks_of(out)
-        _show(as_json, lambda: [c.to_json() for c in checks], lambda: [verify_table(checks)])
+        show(as_json, lambda: [c.to_json() for c in checks], lambda: [verify_table(checks)])
         if not all(c.held for c in checks):
             raise typer.Exit(1)
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
+
+
+@app.command()
+def push(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The output folder of a run.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to upload to.")] = "main",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check and list.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Upload an output to the hub, checked first, in one commit. Resumes by itself."""
+
+    def work() -> None:
+        from svdmerge.push import push as pushed_to
+
+        done = pushed_to(out, repo, private=private, revision=revision, dry_run=dry_run)
+        size = f"{len(done.files)} files, {done.nbytes / 2**20:.1f} MiB"
+        show(as_json, done.to_json, lambda: [f"{done.url or 'would upload'}: {size}"])
+
+    guard(work, verbose=verbose)
+
+
+@app.command("import-mergekit")
+def import_mergekit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mergekit recipe.")],
+    base: Annotated[str | None, typer.Option(help="The base, if the recipe names none.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print a mergekit recipe as one of svdmerge, and what that does not say."""
+
+    def work() -> None:
+        from svdmerge.mergekit import import_mergekit as imported_from
+
+        found = imported_from(file, base=base)
+        if as_json:
+            show(as_json, found.to_json, list)
+        else:
+            typer.echo(found.to_yaml(), nl=False)  # a table's line breaks would not be YAML
+
+    guard(work, verbose=verbose)
 
 
 @adapter_app.command("export")
@@ -231,9 +270,9 @@ def adapter_export(
 
         places = {"base": base, "merged": merged, "factors": factors}
         out = export_adapter(tuned, to, form=form, places=places).uri
-        _show(as_json, lambda: {"out": out, "format": form}, lambda: [f"done: {out}"])
+        show(as_json, lambda: {"out": out, "format": form}, lambda: [f"done: {out}"])
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
 
 
 @store_app.command("ls")
@@ -247,9 +286,9 @@ def store_ls(store: StoreUri, as_json: Json = False, verbose: Verbose = False) -
         from svdmerge.tables import store_table
 
         found = list_sources(_folder(store))
-        _show(as_json, lambda: [asdict(s) for s in found], lambda: [store_table(found)])
+        show(as_json, lambda: [asdict(s) for s in found], lambda: [store_table(found)])
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
 
 
 @store_app.command("verify")
@@ -260,11 +299,11 @@ def store_verify(store: StoreUri, as_json: Json = False, verbose: Verbose = Fals
         from svdmerge.storage.maintenance import verify as faults_of
 
         faults = faults_of(_folder(store))
-        _show(as_json, lambda: {"faults": faults}, lambda: faults or ["No faults."])
+        show(as_json, lambda: {"faults": faults}, lambda: faults or ["No faults."])
         if faults:
             raise typer.Exit(1)
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
 
 
 @store_app.command("gc")
@@ -280,9 +319,9 @@ def store_gc(
         from svdmerge.storage.maintenance import collect_garbage
 
         removed = collect_garbage(_folder(store), grace_s=older_than_hours * 3600)
-        _show(as_json, lambda: {"removed": removed}, lambda: [f"{len(removed)} objects removed."])
+        show(as_json, lambda: {"removed": removed}, lambda: [f"{len(removed)} objects removed."])
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
 
 
 def main() -> None:
@@ -304,8 +343,8 @@ def _staged(
         loaded = load_recipe(recipe)
         prepare(loaded, address=address)  # its faults are told before Ray starts
         with open_runtime(address) as runtime:
-            report = stage(Run(loaded, runtime=runtime, progress=_progress()))
-        _show(
+            report = stage(Run(loaded, runtime=runtime, progress=progress()))
+        show(
             as_json,
             lambda: json.loads(report.to_json()),
             lambda: [*run_tables(report), f"{report.status}: {report.out}"],
@@ -313,7 +352,7 @@ def _staged(
         if report.status.startswith("failed"):  # of many targets: the others are done
             raise typer.Exit(1)
 
-    _guard(work, verbose=verbose)
+    guard(work, verbose=verbose)
 
 
 def _names(text: str | None) -> list[str]:
@@ -327,40 +366,3 @@ def _folder(uri: str) -> Any:
     if not folder.exists():
         raise RecipeError(f"{uri}: does not exist", "", "Check the path of the store.")
     return folder
-
-
-def _progress() -> "Progress":
-    from svdmerge.progress import TerminalProgress
-
-    return TerminalProgress()
-
-
-def _show(as_json: bool, plain: Callable[[], object], tables: Callable[[], Iterable[Any]]) -> None:
-    """The command's result on standard output: JSON, or tables."""
-    if as_json:
-        sys.stdout.write(json.dumps(plain(), indent=1, default=str) + "\n")
-        return
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    for part in tables():
-        console.print(part)
-
-
-def _guard(work: Callable[[], None], *, verbose: bool) -> None:
-    """Tell errors in up to three lines: 2 for a wrong recipe or usage, 1 for a failed run."""
-    try:
-        work()
-    except SvdmergeError as error:
-        if verbose:
-            raise
-        # A line each, whatever other libraries' messages look like inside.
-        lines = [" ".join(str(line).split()) for line in error.args if line]
-        _fail("\n".join(lines), 2 if isinstance(error, RecipeError) else 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; what is done is kept: the same command goes on from there", 130)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(code) from None

@@ -5,8 +5,9 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import (
@@ -119,6 +120,9 @@ class Resources(Section):
 
     threads: PositiveInt = 1
     memory: Bytes = 2 << 30
+    max_matrix: Bytes = 128 << 20
+    """Of a difference in float64 that one task may hold: larger matrices are decomposed in blocks
+    of rows by several. The default, 4096 x 4096, fits the default memory with its full SVD."""
 
 
 class Target(BaseModel):
@@ -196,6 +200,11 @@ class TuneConfig(Section):
     """Of the draw and of the order of examples."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Training processes (gloo on CPU, NCCL where each gets a GPU), or [least, most]: elastic."""
+    shard: bool = False
+    """Share the frozen weights out over the training processes (FSDP), for a base larger than one
+    device; the numbers stay. Costs two gatherings of every block a step, over the network between
+    nodes. Each process still reads the whole model into its own memory once, and the driver
+    measures features on its CPU."""
     use_gpu: bool = False
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints, at least."""
@@ -259,6 +268,9 @@ class TuneConfig(Section):
     def _fits_together(self) -> "TuneConfig":
         if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
             raise ValueError(f"num_workers: got {list(self.num_workers)}; expected [least, most]")
+        most = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+        if self.shard and most < 2:
+            raise ValueError("shard: one process has nobody to share with; raise num_workers")
         if self.loss != "cross_entropy" and self.task == "causal_lm":
             raise ValueError("loss: a language model trains on its next tokens; leave it out")
         return self
@@ -366,7 +378,8 @@ class Recipe(Section):
     def numeric_digest(self) -> str:
         """sha256 of what the numbers depend on besides the models: not `out`, `store`, or order."""
         skip = {"out", "store", "tune", "models", "base_model", "resources"}
-        fields = self.model_dump(mode="json", exclude=skip) | {"threads": self.resources.threads}
+        fields = self.model_dump(mode="json", exclude=skip)
+        fields |= {"threads": self.resources.threads, "max_matrix": self.resources.max_matrix}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def dump(self) -> dict[str, Any]:
@@ -386,6 +399,11 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong; every fault
             is named, unknown keys with the nearest known one.
     """
+    return parse_recipe(load_mapping(path), origin=str(path))
+
+
+def load_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises: RecipeError, if it cannot be read or is none."""
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -395,37 +413,52 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: not valid YAML", str(error), "Correct the file.") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: holds {type(raw).__name__}", "A recipe is a mapping of keys.")
-    return parse_recipe(cast(dict[str, Any], raw), origin=str(path))
+    return cast(dict[str, Any], raw)
 
 
 def parse_recipe(raw: dict[str, Any], *, origin: str = "recipe") -> Recipe:
     """The recipe in a mapping. Raises: RecipeError, as `load_recipe`."""
+    return parse_section(Recipe, raw, origin=origin, sections=_SECTIONS)
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "parameters": Parameters,
+    "policies": PolicyRule,
+    "models": SourceModel,
+    "resources": Resources,
+    "tune": TuneConfig,
+}
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def parse_section(
+    kind: type[AnySection],
+    raw: dict[str, Any],
+    *,
+    origin: str,
+    sections: Mapping[str, type[Section]],
+) -> AnySection:
+    """A mapping validated; `sections` tells which keys are known below each of its own.
+
+    Raises:
+        RecipeError: every fault is named, unknown keys with the nearest known one.
+    """
     try:
-        return Recipe.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        faults = [_explain(fault) for fault in error.errors()]
+        faults = [_explain(fault, kind, sections) for fault in error.errors()]
         raise RecipeError(f"{origin}: {faults[0]}", *["; ".join(faults[1:])]) from None
 
 
-def _explain(fault: Any) -> str:
+def _explain(
+    fault: Any, kind: type[Section] = Recipe, sections: Mapping[str, type[Section]] = _SECTIONS
+) -> str:
     place = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("function-"))
     if fault["type"] != "extra_forbidden":
         text = fault["msg"].removeprefix("Value error, ")
         return f"{place}: {text}" if place else text
-    section, key = _section_at(fault["loc"][:-1]), str(fault["loc"][-1])
+    loc, key = fault["loc"][:-1], str(fault["loc"][-1])
+    section = list((sections.get(str(loc[0]), kind) if loc else kind).model_fields)
     near = difflib.get_close_matches(key, section, n=1)
     known = f"the nearest is `{near[0]}`" if near else f"known keys: {', '.join(sorted(section))}"
     return f"{place}: unknown key; {known}"
-
-
-def _section_at(loc: tuple[str | int, ...]) -> list[str]:
-    """Keys known at a place of the recipe."""
-    sections: dict[str, type[Section]] = {
-        "parameters": Parameters,
-        "policies": PolicyRule,
-        "models": SourceModel,
-        "resources": Resources,
-        "tune": TuneConfig,
-    }
-    kind = sections.get(str(loc[0]), Recipe) if loc else Recipe
-    return list(kind.model_fields)

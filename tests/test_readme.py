@@ -8,6 +8,7 @@ import yaml
 from typer.main import get_command
 
 from svdmerge.cli import app
+from svdmerge.kind.recipe import parse_kind_recipe
 from svdmerge.recipe import Recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -38,10 +39,18 @@ def test_the_recipe_is_valid_and_shows_every_key() -> None:
     assert set(Recipe.model_fields) <= set(re.findall(r"^(\w+):", README, flags=re.MULTILINE))
 
 
+def test_the_configuration_of_decomposable_models_is_valid() -> None:
+    block = README.split("## Decomposable models")[1].split("```yaml")[1].split("```")[0]
+    recipe = parse_kind_recipe(yaml.safe_load(block))
+    assert recipe.train is not None
+    assert recipe.transfer is not None
+    assert recipe.recombine is not None
+
+
 def test_every_command_shown_exists() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    shown = set(re.findall(r"^svdmerge (\w+)", "\n".join(blocks), flags=re.MULTILINE))
+    shown = set(re.findall(r"^svdmerge ([\w-]+)", "\n".join(blocks), flags=re.MULTILINE))
     assert shown
     assert shown <= set(commands)
 

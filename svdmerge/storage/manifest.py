@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from svdmerge.core.components import RankOneComponents, concatenate
@@ -68,6 +68,8 @@ class Commit(Coverage):
     solver: str
     numerics: str
     schema_version: int = schema.VERSION
+    about: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What else belongs to a decomposable model: its gate and configuration."""
 
     def to_json(self) -> bytes:
         """The record's bytes."""
@@ -119,6 +121,7 @@ def put_unit(
     covered: Sequence[Covered],
     solver: str,
     numerics: str,
+    about: Mapping[str, Any] | None = None,
 ) -> Commit:
     """Store a unit's objects, then its commit; the commit in force, which may be an earlier one.
 
@@ -135,7 +138,7 @@ def put_unit(
         sidecar = _put(store, data_prefix, ".spectrum.arrow", encode_spectra(spectra))
     commit = Commit(
         shard=entry, spectrum=sidecar, covered=tuple(covered), blocks=blocks,
-        solver=solver, numerics=numerics,
+        solver=solver, numerics=numerics, about=dict(about or {}),
     )  # fmt: skip
     if store.put_once(commit_path, commit.to_json()):
         return commit

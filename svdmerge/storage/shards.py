@@ -28,6 +28,8 @@ class Rows:
     kind: str
     first: int
     components: RankOneComponents
+    class_group: int | None = None
+    """Of tailors: the group that they belong to, counted from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +109,8 @@ def read_blocks(
         return
     start = min(b.offset for b in blocks)
     try:
-        data = folder.read(path, start=start, stop=max(b.offset + b.size for b in blocks))
+        end = max(b.offset + b.size for b in blocks)
+        data = folder.read_exactly(path, start=start, count=end - start)
     except FileNotFoundError:
         raise _damaged(folder, path, "missing") from None
     for block in blocks:
@@ -176,7 +179,7 @@ def _batch(row: Rows, *, start: int, part: RankOneComponents) -> pa.RecordBatch:
             pa.array([row.parameter] * count),
             pa.array(range(start, start + count), pa.int32()),
             pa.array([row.kind] * count),
-            pa.nulls(count, pa.int32()),
+            pa.array([row.class_group] * count, pa.int32()),
             pa.array(part.s.numpy()),
             _vectors(part.u.T),
             _vectors(part.vh),

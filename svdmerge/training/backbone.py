@@ -106,25 +106,8 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
         TrainingError: `model` names nothing that can be built, building it failed, or the module
             has a tensor that the base lacks, or the other way round.
     """
-    library, _, attribute = config.model.partition(":")
-    try:
-        factory = getattr(importlib.import_module(library), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TrainingError(
-            f"model: {config.model}: cannot be imported ({error})",
-            "Expected `transformers:CLASS` or `package.module:callable`.",
-            "Install the package, or correct the name.",
-        ) from error
-    is_transformers = library == "transformers"
-    build = _from_transformers if is_transformers else _from_callable
-    try:
-        module = build(factory, base.config)
-    except Exception as error:
-        raise TrainingError(
-            f"model: {config.model}: cannot be built from {base.reference}'s config.json",
-            f"{type(error).__name__}: {error}",
-            "Check that the callable fits the base model.",
-        ) from error
+    module = build_module(config.model, base.config, origin=base.reference)
+    is_transformers = config.model.startswith("transformers:")
     backbone = Backbone(
         module=module.eval().float(),
         names=_names(module, base) if is_transformers else {n: n for n in base.tensors},
@@ -133,6 +116,32 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
     )
     _check_names(backbone, base=base)
     return backbone
+
+
+def build_module(model: str, config: Mapping[str, Any], *, origin: str) -> nn.Module:
+    """What `transformers:CLASS` or `package.module:callable` builds from a configuration.
+
+    Raises:
+        TrainingError: it cannot be imported, or building failed.
+    """
+    library, _, attribute = model.partition(":")
+    try:
+        factory = getattr(importlib.import_module(library), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise TrainingError(
+            f"model: {model}: cannot be imported ({error})",
+            "Expected `transformers:CLASS` or `package.module:callable`.",
+            "Install the package, or correct the name.",
+        ) from error
+    build = _from_transformers if library == "transformers" else _from_callable
+    try:
+        return build(factory, config)
+    except Exception as error:
+        raise TrainingError(
+            f"model: {model}: cannot be built from {origin}'s config.json",
+            f"{type(error).__name__}: {error}",
+            "Check that the callable fits the base model.",
+        ) from error
 
 
 def _from_transformers(factory: Any, config: Mapping[str, Any]) -> nn.Module:

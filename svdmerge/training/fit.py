@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,50 @@ def own_device(*, use_gpu: bool) -> torch.device:
 
 
 def _fit_on_ray(job: Job, *, examples: Examples, on_epoch: Callable[[int], None]) -> State:
-    trainer = _trainer(job, examples=examples)
-    with watching(job.folder, on_epoch):
+    return fit_workers(
+        _worker,
+        {
+            "job": job,
+            "like": examples.take([]),
+            "search_paths": [backbone_path(job.config), package_path(job.config.loss)],
+        },
+        placement=Placement(
+            folder=job.folder,
+            num_workers=job.config.num_workers,
+            use_gpu=job.config.use_gpu,
+            threads=job.threads,
+        ),
+        # Every worker draws from all rows: see `stream`.
+        datasets={"train": dataset(job.config, base=job.base)},
+        on_epoch=on_epoch,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a training's state lies, and what its workers may use."""
+
+    folder: Folder
+    num_workers: int | tuple[int, int]
+    use_gpu: bool
+    threads: int
+
+
+def fit_workers(
+    worker: Callable[[dict[str, Any]], tuple[str, ...] | None],
+    settings: dict[str, Any],
+    *,
+    placement: Placement,
+    datasets: dict[str, Any],
+    on_epoch: Callable[[int], None],
+) -> State:
+    """The last state that Ray Train's workers saved; `worker` returns what a TrainingError holds.
+
+    Raises:
+        TrainingError: training failed, or its workers were lost more than `MAX_FAILURES` times.
+    """
+    trainer = _trainer(worker, settings, placement=placement, datasets=datasets)
+    with watching(placement.folder, on_epoch):
         fitted = _fitted(trainer)
     if fitted.return_value is not None:
         raise TrainingError(*fitted.return_value)
@@ -83,33 +126,34 @@ def _fit_on_ray(job: Job, *, examples: Examples, on_epoch: Callable[[int], None]
         return read_state(path)
 
 
-def _trainer(job: Job, *, examples: Examples) -> Any:
+def _trainer(
+    worker: Callable[[dict[str, Any]], tuple[str, ...] | None],
+    settings: dict[str, Any],
+    *,
+    placement: Placement,
+    datasets: dict[str, Any],
+) -> Any:
     from ray import train as ray_train
     from ray.train.torch import TorchTrainer
 
-    workers = job.config.num_workers
+    workers = placement.num_workers
     most = workers if isinstance(workers, int) else workers[1]
     return TorchTrainer(
-        _worker,
-        train_loop_config={
-            "job": job,
-            "like": examples.take([]),
-            "search_paths": [backbone_path(job.config), _package_path(job.config.loss)],
-        },
-        # Every worker draws from all rows: see `stream`.
-        datasets={"train": dataset(job.config, base=job.base)},
+        worker,
+        train_loop_config=settings,
+        datasets=datasets,
         dataset_config=ray_train.DataConfig(datasets_to_split=[]),
         scaling_config=ray_train.ScalingConfig(
             num_workers=workers,
-            use_gpu=job.config.use_gpu,
-            resources_per_worker={"CPU": _cpus(job.threads, workers=most)}
-            | ({"GPU": 1.0} if job.config.use_gpu else {}),
+            use_gpu=placement.use_gpu,
+            resources_per_worker={"CPU": _cpus(placement.threads, workers=most)}
+            | ({"GPU": 1.0} if placement.use_gpu else {}),
         ),
         # One name for one job: fitting again, as after the driver died, resumes by itself.
         run_config=ray_train.RunConfig(
             name="ray",
-            storage_path=job.folder.path(),
-            storage_filesystem=_arrow_filesystem(job.folder),
+            storage_path=placement.folder.path(),
+            storage_filesystem=_arrow_filesystem(placement.folder),
             failure_config=ray_train.FailureConfig(max_failures=MAX_FAILURES),
             # Two: the newest may not be committed yet when a worker asks for one.
             checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2),
@@ -155,8 +199,9 @@ def _worker(settings: dict[str, Any]) -> tuple[str, ...] | None:
     group = Group(rank=context.get_world_rank(), world=context.get_world_size())
     try:
         trainee = build_trainee(
-            job, examples=examples, objective=objective_of(job.config), device=device
-        )
+            job, examples=examples, objective=objective_of(job.config), device=device,
+            sharded=job.config.shard,
+        )  # fmt: skip
         loop = Loop(trainee, examples=examples, config=job.config, group=group)
         tell = Teller(job.folder) if group.rank == 0 else _silent
         train(loop, checkpoints=RayCheckpoints(), on_epoch=tell)
@@ -176,10 +221,11 @@ def backbone_path(config: TuneConfig) -> str:
     Workers on this machine do not inherit all of this process's search path; elsewhere the package
     comes with the cluster's environment, and a path that is not there does no harm.
     """
-    return _package_path(config.model)
+    return package_path(config.model)
 
 
-def _package_path(name: str) -> str:
+def package_path(name: str) -> str:
+    """The folder that the package of `package.module:name` was imported from here."""
     found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
     if found is None or found.origin is None:
         return ""

@@ -5,14 +5,27 @@ import json
 import threading
 import time
 from collections.abc import Callable, Generator
+from typing import Protocol
 
 from svdmerge.errors import SvdmergeError
 from svdmerge.storage.filesystem import Folder
-from svdmerge.training.loop import Loop
+from svdmerge.training.loop import Point
 
 PROGRESS = "progress.json"
 # Seconds between writes, and between looks: a bar needs no more, and stores charge by the request.
 WRITE_S, LOOK_S = 1.0, 1.0
+
+
+class Told(Protocol):
+    """A training run as it is told of: how far it is, and its curve."""
+
+    epoch: int
+    curve: list[Point]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        ...
 
 
 class Teller:
@@ -21,7 +34,7 @@ class Teller:
     def __init__(self, folder: Folder) -> None:
         self._folder, self._written_at = folder, 0.0
 
-    def __call__(self, loop: Loop) -> None:
+    def __call__(self, loop: Told) -> None:
         """Tell of an epoch."""
         now = time.monotonic()
         if now - self._written_at < WRITE_S and not loop.done:

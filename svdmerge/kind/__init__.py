@@ -1,0 +1,1 @@
+"""Decomposable models from end to end: train, take apart, recombine, transfer."""
