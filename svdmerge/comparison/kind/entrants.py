@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from svdmerge.comparison.kind.study import Study
 from svdmerge.core.components import RankOneComponents
@@ -14,7 +13,7 @@ from svdmerge.core.kind.layer import DecomposableLinear
 from svdmerge.core.kind.replace import GATE, layers_of, projections, put
 from svdmerge.core.kind.start import at_random, groups_of
 from svdmerge.core.svd import exact, seed_of
-from svdmerge.peers.lora import Lora, lora_cost, ranks_within
+from svdmerge.peers.lora import WithLora
 
 EMBEDDING = "class_embed.weight"
 
@@ -26,23 +25,6 @@ class Entrant:
     name: str
     build: Callable[[Study, int], nn.Module]
     """A model of the novel classes for a seed; what trains requires gradients."""
-
-
-class Adapted(nn.Module):
-    """A frozen model with LoRA on its projections."""
-
-    def __init__(self, model: nn.Module, *, num_values: int, seed: int) -> None:
-        super().__init__()
-        self.model = model
-        names = [f"{path}.weight" for path in projections(model)]
-        weights = {name: model.get_parameter(name) for name in names}
-        ranks = ranks_within(num_values, weights=weights, names=names, cost=lora_cost)
-        self._space = Lora(weights, ranks=ranks, seed=seed)
-        self.values = nn.ParameterList(self._space.values())
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The model's output."""
-        return functional_call(self.model, self._space.weights(), inputs)
 
 
 def entrants() -> tuple[Entrant, ...]:
@@ -92,7 +74,8 @@ def lora(study: Study, seed: int) -> nn.Module:
     """The whole dense model, frozen, with LoRA of as many values as the tailors have."""
     num_values = sum(p.numel() for p in _tailors(kind(study, seed)))
     model = _novel(study, study.dense(seed).state_dict(), seed=seed).requires_grad_(False)
-    adapted = Adapted(model, num_values=num_values, seed=seed)
+    names = [f"{path}.weight" for path in projections(model)]
+    adapted = WithLora(model, names=names, num_values=num_values, seed=seed)
     model.get_parameter(EMBEDDING).requires_grad_(True)
     return adapted
 
