@@ -19,7 +19,11 @@ from svdmerge.training.kind.classifier import BUILDER, EXTRACTOR
 
 WEIGHTS, EXAMPLE, DESCRIPTION = "model.safetensors", "example.safetensors", "kind.json"
 # What may build a model that a folder describes: these, transformers' classes, and ...
-BUILDERS = ("svdmerge.core.dit:build", "svdmerge.demo_models:build")
+BUILDERS = (
+    "svdmerge.core.dit:build",
+    "svdmerge.demo_models:build",
+    "svdmerge.comparison.text_case:build",
+)
 # ... these, which build what `backbone` of their configuration names.
 WRAPPERS = (BUILDER, EXTRACTOR)
 # Positional arguments of the example are named so; any other names are keys of one mapping.

@@ -1,5 +1,6 @@
 """A model's folder may come from anywhere: what it says is checked before anything is built."""
 
+import importlib
 import json
 import shutil
 
@@ -70,6 +71,12 @@ def test_a_blueprint_that_does_not_fit_its_tensors_is_no_model(trained, tmp_path
 def test_a_folder_chooses_nothing_that_runs_here(trained, tmp_path, change):
     with pytest.raises(OutputError, match="is to be built by"):
         folder.read(described(trained, tmp_path, change))
+
+
+def test_every_builder_that_a_folder_may_name_exists():
+    for place in (*folder.BUILDERS, *folder.WRAPPERS):
+        module, _, name = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_layers_that_the_architecture_lacks_are_told(trained, tmp_path):
