@@ -9,9 +9,9 @@ replaced by Gaussian noise of its own norm, matrix by matrix, and competes with 
 import argparse
 from pathlib import Path
 
+from svdmerge.comparison.decomposition import decomposed_names
 from svdmerge.comparison.rounding import rounding, slots
-from svdmerge.core.params import Action, action_of
-from svdmerge.storage.checkpoint import FLOATING, open_checkpoint
+from svdmerge.storage.checkpoint import open_checkpoint
 
 
 def main() -> None:
@@ -23,21 +23,7 @@ def main() -> None:
     parser.add_argument("--k", type=float, default=0.1, help="share of the rank")
     args = parser.parse_args()
     base = open_checkpoint(str(args.models / "base"))
-    names = [
-        name
-        for name, ref in base.tensors.items()
-        if action_of(
-            name,
-            shape=ref.shape,
-            floating=ref.dtype in FLOATING,
-            policies=(),
-            vocab_size=base.vocab_size,
-            matrix_action=Action.DECOMPOSE,
-            vector_action=Action.AVERAGE,
-        )
-        is Action.DECOMPOSE
-        and not name.startswith("pooler.")
-    ]
+    names = decomposed_names(base)
     sources = {n: open_checkpoint(str(args.models / n)) for n in args.sources.split(",")}
     print("| source | above the edge | of its bfloat16 copy | rounding above it | components |")
     print("|---|---|---|---|---|")

@@ -9,7 +9,7 @@ from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.storage.filesystem import Folder
 
 # What a store holds below its root.
-STORE_FOLDERS = ("components", "commits", "runs", "rank", "releases")
+STORE_FOLDERS = ("components", "commits", "runs", "rank", "releases", "scratch")
 
 
 def check_places(plan: Plan) -> None:

@@ -120,6 +120,9 @@ class Resources(Section):
 
     threads: PositiveInt = 1
     memory: Bytes = 2 << 30
+    max_matrix: Bytes = 128 << 20
+    """Of a difference in float64 that one task may hold: larger matrices are decomposed in blocks
+    of rows by several. The default, 4096 x 4096, fits the default memory with its full SVD."""
 
 
 class Target(BaseModel):
@@ -197,6 +200,11 @@ class TuneConfig(Section):
     """Of the draw and of the order of examples."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Training processes (gloo on CPU, NCCL where each gets a GPU), or [least, most]: elastic."""
+    shard: bool = False
+    """Share the frozen weights out over the training processes (FSDP), for a base larger than one
+    device; the numbers stay. Costs two gatherings of every block a step, over the network between
+    nodes. Each process still reads the whole model into its own memory once, and the driver
+    measures features on its CPU."""
     use_gpu: bool = False
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints, at least."""
@@ -260,6 +268,9 @@ class TuneConfig(Section):
     def _fits_together(self) -> "TuneConfig":
         if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
             raise ValueError(f"num_workers: got {list(self.num_workers)}; expected [least, most]")
+        most = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+        if self.shard and most < 2:
+            raise ValueError("shard: one process has nobody to share with; raise num_workers")
         if self.loss != "cross_entropy" and self.task == "causal_lm":
             raise ValueError("loss: a language model trains on its next tokens; leave it out")
         return self
@@ -367,7 +378,8 @@ class Recipe(Section):
     def numeric_digest(self) -> str:
         """sha256 of what the numbers depend on besides the models: not `out`, `store`, or order."""
         skip = {"out", "store", "tune", "models", "base_model", "resources"}
-        fields = self.model_dump(mode="json", exclude=skip) | {"threads": self.resources.threads}
+        fields = self.model_dump(mode="json", exclude=skip)
+        fields |= {"threads": self.resources.threads, "max_matrix": self.resources.max_matrix}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def dump(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdmerge.core.evidence import bootstrap_interval, surely_better
+from svdmerge.core.evidence import bootstrap_interval, standard_error, surely_better
 from svdmerge.core.gate import Mix, gate
 from svdmerge.core.params import Action
 from svdmerge.engine.decompose import load_source
@@ -72,6 +72,8 @@ class Considered:
 
     mix: Mix
     loss: float
+    error: float | None
+    """Standard error of the paired difference to the chosen one's; None of a single example."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,8 @@ class Adaptation:
         return Adaptation(
             chosen=_mix(raw["chosen"]),
             considered=tuple(
-                Considered(mix=_mix(c["mix"]), loss=c["loss"]) for c in raw["considered"]
+                Considered(mix=_mix(c["mix"]), loss=c["loss"], error=c["error"])
+                for c in raw["considered"]
             ),
             verdict=raw["verdict"],
         )
@@ -167,22 +170,24 @@ class Targeting:
         chosen, losses = gate(
             self._sources, base=self._base, judge=self._judge_mixes, doubted=self._noise
         )
-        considered = [Considered(mix=m, loss=float(x.mean())) for m, x in losses.items()]
         return Adaptation(
             chosen=chosen,
-            considered=tuple(considered),
-            verdict=self._told(chosen, loss=float(losses[chosen].mean())),
+            considered=tuple(
+                Considered(mix=m, loss=float(x.mean()), error=_error(x - losses[chosen]))
+                for m, x in losses.items()
+            ),
+            verdict=self._told(chosen, gains=self._base - losses[chosen]),
         )
 
-    def _told(self, chosen: Mix, *, loss: float) -> str:
-        assert self._base is not None
+    def _told(self, chosen: Mix, *, gains: Tensor) -> str:
         if not chosen.shares:
             return "No source helps this target: the base model is kept as it is."
         names = {s.revision: s.reference for s in self._plan.sources}
         parts = ", ".join(f"{names[r]} {w:.3g}" for r, w in chosen.weights.items())
         return (
             f"{len(chosen.shares)} of {len(names)} sources, strength {chosen.total:.3g} in all: "
-            f"held-out loss {loss:.4f}, base {float(self._base.mean()):.4f} ({parts})."
+            f"held-out loss {float(gains.mean()):.4f} below the base's, standard error "
+            f"{_error(gains) or 0.0:.4f} ({parts})."
         )
 
     def _judge_mixes(self, mixes: Sequence[Mix]) -> list[Tensor]:
@@ -274,6 +279,10 @@ class Targeting:
             for i, j in pairs
             if mean[i, j] >= DUPLICATE
         ]
+
+
+def _error(differences: Tensor) -> float | None:
+    return standard_error(differences) if len(differences) > 1 else None
 
 
 def noise_only(plan: Plan) -> set[str]:

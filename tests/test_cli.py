@@ -49,6 +49,17 @@ FLAGS = {
         "RECIPE",
     ],
     "verify": ["--json", "--verbose", "-v", "OUT"],
+    "push": [
+        "--dry-run",
+        "--json",
+        "--private",
+        "--revision",
+        "--verbose",
+        "-v",
+        "OUT",
+        "REPO",
+    ],
+    "import-mergekit": ["--base", "--json", "--verbose", "-v", "FILE"],
     "store ls": ["--json", "--verbose", "-v", "STORE"],
     "store verify": ["--json", "--verbose", "-v", "STORE"],
     "kind train": ["--address", "--json", "--verbose", "-v", "CONFIG"],
@@ -317,13 +328,17 @@ def test_store_gc_removes_orphans_and_spares_the_young_and_the_committed(bench: 
     folder = next((bench.store / "components").rglob("*.arrow")).parent
     old, young = folder / "0-15-00000000000000aa.arrow", folder / "0-15-00000000000000bb.arrow"
     half = bench.store / "commits/.tmpabc.partial"
-    for path in (old, young, half):
+    scratch = bench.store / "scratch/20260101T000000/0/given-0"
+    scratch.parent.mkdir(parents=True)
+    for path in (old, young, half, scratch):
         path.write_bytes(b"of a task that was killed")
     long_ago = time.time() - 48 * 3600
-    for path in (old, half, *(bench.store / name for name in committed)):
+    for path in (old, half, scratch, *(bench.store / name for name in committed)):
         os.utime(path, (long_ago, long_ago))
     told = result("store", "gc", bench.store)
-    assert sorted(told["removed"]) == sorted(str(p.relative_to(bench.store)) for p in (old, half))
+    assert sorted(told["removed"]) == sorted(
+        str(p.relative_to(bench.store)) for p in (old, half, scratch)
+    )
     assert tree(bench.store).keys() == committed.keys() | {str(young.relative_to(bench.store))}
     assert result("store", "gc", bench.store, "--older-than-hours", "0")["removed"] == [
         str(young.relative_to(bench.store))

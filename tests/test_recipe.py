@@ -348,6 +348,15 @@ def test_faulty_targets_are_told(tune: dict[str, Any], told: str) -> None:
     assert told in refusal(LEAST | {"tune": tune})
 
 
+@pytest.mark.parametrize("num_workers", [1, (1, 1)])
+def test_one_process_has_nobody_to_share_weights_with(num_workers: Any) -> None:
+    tune = TUNE | {"shard": True}
+    assert "tune: shard: one process" in refusal(
+        LEAST | {"tune": tune | {"num_workers": num_workers}}
+    )
+    assert parse_recipe(LEAST | {"tune": tune | {"num_workers": (1, 2)}}).tune is not None
+
+
 def test_a_merge_for_one_target_is_not_tuned_for_many() -> None:
     raw = LEAST | {"parameters": {"scale": "auto"}, "tune": SHARED | {"targets": ["mr"]}}
     assert "merge for one target" in refusal(raw)

@@ -294,8 +294,13 @@ def test_the_outputs_held_out_loss_is_the_one_the_choice_was_made_by(twins: Benc
     load_weights(backbone, checkpoint=open_checkpoint(str(twins.out)), base=base)
     examples = judging.judged_examples(config, base=base)
     losses = judging.example_losses(backbone, examples, objective=objective_of(config))
-    told = next(c.loss for c in found.considered if c.mix == found.chosen)
-    assert float(losses.mean()) == pytest.approx(told, abs=1e-5)
+    told = next(c for c in found.considered if c.mix == found.chosen)
+    assert float(losses.mean()) == pytest.approx(told.loss, abs=1e-5)
+    assert told.error == 0.0
+    [nothing] = [c for c in found.considered if not c.mix.shares]
+    assert nothing.error
+    margin = f"{nothing.loss - told.loss:.4f} below the base's, standard error {nothing.error:.4f}"
+    assert margin in found.verdict
 
 
 def test_verify_holds_on_what_examples_chose(bench: Bench) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdmerge.core.blocks import WIDTH
+from svdmerge.core.block_shape import WIDTH
 from svdmerge.core.noise import noise_edge
 from svdmerge.core.svd import exact, seed_of
 from svdmerge.engine.winners import Listed, select_matrix

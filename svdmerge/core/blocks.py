@@ -5,52 +5,35 @@ solver makes it follows from the shape and those blocks alone. So a store deepen
 the numbers of one that was filled at once, whoever filled it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core import svd
-from svdmerge.core.certificate import remainder_bound
-from svdmerge.core.components import RankOneComponents, concatenate, none
-from svdmerge.core.lanczos import leading, rayleigh_ritz
+from svdmerge.core.block_shape import WIDTH, block_width, max_steps
+from svdmerge.core.certified import Block, lanczos_attempts
+from svdmerge.core.components import RankOneComponents, none
+from svdmerge.core.gram import by_gram
+from svdmerge.core.lanczos import FLAT
+from svdmerge.core.products import Dense, Products
 
-# Components of a block at least. Winners of a source are few (about 5 of 384 on real differences);
-# yet a product of fewer columns takes no less time.
-WIDTH = 16
-# Share of the rank that a block of a larger matrix has: what a tenth of it comes to over eight
-# sources. Wider, most of many sources' blocks goes unused; narrower, few sources need many of them.
-BLOCK_SHARE = 1 / 80
 # Smaller sides go to the exact solver: it takes no longer there.
 SMALL = 128
-# Share of the rank from which on the exact solver takes what is left: a block costs about 1 / 15 of
-# it at rank 768 and falls with the rank, so that what was spent before stays below a quarter.
+# Share of the rank from which on the exact solver takes what is left: a block costs about 1 / 10 of
+# it at rank 768 and falls with the rank.
 LANCZOS_SHARE = 1 / 16
-# A spectrum whose sixteenth value is above this share of the first does not fall: finding where it
-# ends takes as much as a full SVD. Of Gaussian noise it is 0.95, of differences measured 0.2.
-FLAT = 0.7
-# Steps of Lanczos at most: a basis of a quarter of the rank, yet enough for small matrices. Power
-# laws of exponent 0.6 to 0.9 need six to eight.
-MIN_STEPS, BASIS_SHARE = 10, 1 / 4
-
-
+# Stored blocks of which the last is not full ended where values fell too slowly for Lanczos, if
+# their last value is above this share of the first: far above what float32 can reach.
+SLOW = 0.1
 # What a block says of its solver if that finds all that is left.
 EXACT = "exact"
-# Of eps * max(m, n) * s_0 in float64, below which nothing is left: what `exact` calls zero, with
-# the certificate's own rounding.
-NOTHING = 8.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Block:
-    """Components that follow those stored, and what bounds all that follow these."""
-
-    components: RankOneComponents
-    """float64, values descending and positive. All that are left, of an exact solver."""
-    bound: float
-    """On every singular value after these. Zero if there are none; fails with probability 1e-9."""
-    solver: str
+# And of one that was given in factors.
+FACTORED = "factored"
+# Where either was at work no values follow, whatever was stored of the vectors.
+COMPLETE = (EXACT, FACTORED)
 
 
 def next_block(
@@ -58,84 +41,114 @@ def next_block(
 ) -> Block:
     """The block after those stored (none: the first). `fro` is ||delta||_F.
 
-    Solvers in turn: Lanczos in float32, in float64 where that reaches nothing, then LAPACK.
+    Solvers in turn: Lanczos in float32, in float64 where that cannot see what is left, then the
+    exact one.
     """
     if delta.shape[0] < delta.shape[1]:
-        turned = next_block(delta.T, stored=_turned(stored), fro=fro, parameter=parameter)
-        found = svd.fix_signs(_turned(turned.components))
-        return Block(components=found, bound=turned.bound, solver=turned.solver)
-    m, n = delta.shape
-    if fro == 0.0 or len(stored) >= n:
+        return _turned_block(
+            next_block(delta.T, stored=_turned(stored), fro=fro, parameter=parameter)
+        )
+    n = delta.shape[1]
+    if fro > 0.0 and len(stored) < n and _is_exact(n, s=stored.s):
+        return exact_block(delta, stored=stored)
+    found = lanczos_block(
+        partial(Dense, delta), shape=tuple(delta.shape), stored=lambda: stored, fro=fro,
+        parameter=parameter, steps=lambda _: max_steps(n),
+    )  # fmt: skip
+    return found or exact_block(delta, stored=stored)
+
+
+def first_blocks(
+    deltas: Float[Tensor, "b m n"], *, fros: Sequence[float], parameters: Sequence[str]
+) -> list[Block]:
+    """The first block of each of a stack of matrices: as by `next_block` of each, but for the
+    rounding of products of stacks."""
+    _, m, n = deltas.shape
+    if m < n:
+        turned = first_blocks(deltas.mT, fros=fros, parameters=parameters)
+        return [_turned_block(block) for block in turned]
+    nothing = none(m, n).to(torch.float64)
+    if n <= SMALL:
+        return [
+            next_block(delta, stored=nothing, fro=fro, parameter=parameter)
+            for delta, fro, parameter in zip(deltas, fros, parameters, strict=True)
+        ]
+    attempts = lanczos_attempts(
+        Dense(deltas, torch.float32), nothing, fros=fros, steps=max_steps(n),
+        seeds=[svd.seed_of(p, m=m, n=n, block=0) for p in parameters],
+    )  # fmt: skip
+    return [
+        Block(components=nothing, bound=0.0, solver="none") if fro == 0.0
+        else attempt.block if attempt.block.reaches()
+        else exact_block(delta, stored=nothing)
+        for attempt, delta, fro in zip(attempts, deltas, fros, strict=True)
+    ]  # fmt: skip
+
+
+def lanczos_block(
+    products: Callable[[torch.dtype], Products], *, shape: tuple[int, ...],
+    stored: Callable[[], RankOneComponents], fro: float, parameter: str,
+    steps: Callable[[torch.dtype], int], restarts: int = 0,
+) -> Block | None:  # fmt: skip
+    """The block after those stored, of a matrix known by its products; None where Lanczos reaches
+    nothing. The stored components are read when needed, for they can outweigh all else; `steps` are
+    those at most of Lanczos in a dtype. Without `restarts` (see `leading`) an exact solver follows.
+    """
+    (m, n), known = shape, stored()
+    if fro == 0.0 or len(known) >= min(m, n):
         return Block(components=none(m, n).to(torch.float64), bound=0.0, solver="none")
-    if not _is_exact(n, s=stored.s):
-        seed = svd.seed_of(parameter, m=m, n=n, block=len(stored))
+    attempt = partial(
+        lanczos_attempts, fros=[fro], restarts=restarts,
+        seeds=[svd.seed_of(parameter, m=m, n=n, block=len(known))],
+    )  # fmt: skip
+    a = products(torch.float32)
+    (found,) = attempt(a, known, steps=steps(a.dtype))
+    if not found.block.reaches() and (restarts or found.is_hidden):
+        del known
         # In float64 without what the rounding of stored vectors leaves of them in the difference.
-        for dtype, known in (
-            (torch.float32, lambda: stored),
-            (torch.float64, lambda: _polished(delta, stored)),
-        ):
-            block = _iterated(delta, dtype, known(), fro=fro, seed=seed)
-            if len(block.components) or block.bound == 0.0:
-                return block
-    return exact_block(delta, stored=stored)
+        a = products(torch.float64)
+        (found,) = attempt(a, _polished(a, stored()), steps=steps(a.dtype))
+    return found.block if found.block.reaches() else None
 
 
 def exact_block(delta: Float[Tensor, "m n"], *, stored: RankOneComponents) -> Block:
-    """All components that follow those stored, by LAPACK in float64."""
+    """All components that follow those stored, in float64."""
     return Block(components=_rest(delta, stored), bound=0.0, solver=EXACT)
-
-
-def block_width(rank: int) -> int:
-    """Components of a block of a matrix whose smaller side is `rank`, in whole sixteens."""
-    return max(1, int(BLOCK_SHARE * rank) // WIDTH) * WIDTH
 
 
 def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:
     """Whether the exact solver takes what follows, by the smaller side and the stored values."""
     flat = len(s) >= WIDTH and bool(s[WIDTH - 1] > FLAT * s[0])
-    return n <= SMALL or flat or len(s) >= LANCZOS_SHARE * n
+    slow = len(s) % block_width(n) != 0 and bool(s[-1] > SLOW * s[0])
+    return n <= SMALL or flat or slow or len(s) >= LANCZOS_SHARE * n
 
 
-def _iterated(
-    delta: Float[Tensor, "m n"], dtype: torch.dtype, known: RankOneComponents, *, fro: float,
-    seed: int,
-) -> Block:  # fmt: skip
-    """The block by Lanczos with products in `dtype`; maybe empty."""
-    m, n = delta.shape
-    a = delta.to(dtype).contiguous()
-    width = block_width(n)
-    steps = max(MIN_STEPS, int(BASIS_SHARE * n / width))
-    right = leading(a, known=known, width=width, max_steps=steps, seed=seed)
-    found = svd.fix_signs(rayleigh_ritz(delta, right, known))
-    every = concatenate([known.to(torch.float64), found])
-    bound = remainder_bound(a, known=every, fro=fro, seed=seed + 1)
-    largest = float(every.s.max()) if len(every) else 0.0
-    floor = NOTHING * torch.finfo(torch.float64).eps * m * largest
-    solver = f"lanczos {str(dtype).removeprefix('torch.')}"
-    return Block(components=found, bound=bound if bound > floor else 0.0, solver=solver)
-
-
-def _polished(delta: Float[Tensor, "m n"], stored: RankOneComponents) -> RankOneComponents:
+def _polished(a: Products, stored: RankOneComponents) -> RankOneComponents:
     """Stored components after a step of subspace iteration in float64: orthonormal to its eps."""
     if len(stored) == 0:
         return stored.to(torch.float64)
-    a = delta.to(torch.float64)
-    v = torch.linalg.qr(a.T @ (a @ stored.vh.T.double())).Q
-    u, s, vh = torch.linalg.svd(a @ v, full_matrices=False)
+    v = torch.linalg.qr(a.step(stored.vh.T.double())[1]).Q
+    u, s, vh = torch.linalg.svd(a.image(v), full_matrices=False)
     return RankOneComponents(u=u, s=s, vh=vh @ v.T)
 
 
 def _rest(delta: Float[Tensor, "m n"], stored: RankOneComponents) -> RankOneComponents:
-    """All components that are left, by LAPACK."""
+    """All components that are left."""
     if len(stored) == 0:
-        found = svd.exact(delta)
+        found = by_gram(delta)
         return found.slice(0, int((found.s > 0).sum()))
-    known, a = _polished(delta, stored), delta.to(torch.float64)
+    known, a = _polished(Dense(delta, torch.float64), stored), delta.to(torch.float64)
     a = a - known.u @ (known.u.T @ a)
-    found = svd.exact(a - (a @ known.vh.T) @ known.vh)
+    found = by_gram(a - (a @ known.vh.T) @ known.vh)
     floor = torch.finfo(torch.float64).eps * max(a.shape) * float(known.s[0])
     left = min(int((found.s > floor).sum()), min(a.shape) - len(stored))
     return found.slice(0, left)
+
+
+def _turned_block(block: Block) -> Block:
+    """The block of the transpose."""
+    found = svd.fix_signs(_turned(block.components))
+    return Block(components=found, bound=block.bound, solver=block.solver)
 
 
 def _turned(c: RankOneComponents) -> RankOneComponents:

@@ -41,6 +41,10 @@ class RankOneComponents:
         """The same components in another dtype."""
         return RankOneComponents(u=self.u.to(dtype), s=self.s.to(dtype), vh=self.vh.to(dtype))
 
+    def on(self, device: torch.device | str) -> "RankOneComponents":
+        """The same components on another device."""
+        return RankOneComponents(u=self.u.to(device), s=self.s.to(device), vh=self.vh.to(device))
+
 
 def concatenate(parts: Sequence[RankOneComponents]) -> RankOneComponents:
     """All components of the parts, in their order: a component list of the parts' sum."""

@@ -9,9 +9,20 @@ from torch import Tensor
 DTYPE = torch.float64
 
 
-def delta(source: Float[Tensor, "m n"], *, base: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """source - base in float64."""
-    return source.to(DTYPE) - base.to(DTYPE)
+def delta(
+    source: Float[Tensor, "m n"], *, base: Float[Tensor, "m n"], dtype: torch.dtype = DTYPE,
+    buffers: Float[Tensor, "2 m n"] | None = None,
+) -> Float[Tensor, "m n"]:  # fmt: skip
+    """source - base in `dtype`: for float32 as if rounded from float64, for a single rounding is
+    all that a difference of narrower or equal numbers takes.
+
+    `buffers` of that dtype are written to, the first of them the outcome: fresh memory for every
+    tile of a large matrix would take as long as multiplying it.
+    """
+    wide = torch.promote_types(torch.promote_types(source.dtype, base.dtype), dtype)
+    if buffers is None or wide != buffers.dtype:
+        return (source.to(wide) - base.to(wide)).to(dtype)
+    return buffers[0].copy_(source).sub_(buffers[1].copy_(base))
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -82,23 +82,25 @@ def _complement(
     return torch.linalg.qr(torch.cat([given, random], dim=1)).Q[:, given.shape[1] :]
 
 
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
 class FactoredLinear(nn.Module):
     """`linear` with W' = W + U diag(sigma_change) Vh in place of W; only `sigma_change` trains."""
 
-    # What the module's registrations hold, for the type checker.
-    weight: Tensor
-    bias: Tensor | None
-    u: Tensor
-    vh: Tensor
+    # What the module's registration holds, for the type checker.
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, *, directions: RankOneComponents) -> None:
         super().__init__()
-        frozen = linear.weight.detach()
-        self.register_buffer("weight", frozen)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())  # pyright: ignore[reportUnnecessaryComparison]
+        weight = linear.weight.detach()
+        # Parameters, though frozen: what shards a model over processes passes buffers by.
+        self.weight = _frozen(weight)
+        self.register_parameter("bias", None if linear.bias is None else _frozen(linear.bias))  # pyright: ignore[reportUnnecessaryComparison]
         # Contiguous in the layout the products read: a transposed view costs a copy each step.
-        self.register_buffer("u", directions.u.to(frozen).contiguous())
-        self.register_buffer("vh", directions.vh.to(frozen).contiguous())
+        self.u = _frozen(directions.u.to(weight).contiguous())
+        self.vh = _frozen(directions.vh.to(weight).contiguous())
         self.sigma_change = nn.Parameter(torch.zeros_like(self.u[0]))
 
     def forward(self, x: Tensor) -> Tensor:

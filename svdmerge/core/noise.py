@@ -1,28 +1,37 @@
 """Where the noise of a difference begins: singular values up to there say nothing."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from svdmerge.core.components import RankOneComponents
-from svdmerge.core.deflated import DOUBLED
+from svdmerge.core.products import doubled_tiles
 
 # Of rows' and of columns' norms, the quantile that stands for all: a few outlying rows, whose own
 # direction a singular value is for, must not hide the rest.
 QUANTILE = 0.95
 
 
-def _squared_norms(delta: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
-    """Of rows and columns, in float64; by tiles that stay in the cache."""
-    rows, columns = list[Tensor](), torch.zeros(delta.shape[1], dtype=torch.float64)
-    columns = columns.to(delta.device)
-    for tile in delta.split(DOUBLED):
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SquaredNorms:
+    """Of a matrix's rows and columns, in float64."""
+
+    rows: Float[Tensor, " m"]
+    columns: Float[Tensor, " n"]
+
+
+def squared_norms(tiles: Iterable[Float[Tensor, "_ n"]], *, n: int) -> SquaredNorms:
+    """Of the matrix whose rows the tiles are; float64 only by tiles, which stay in the cache."""
+    rows, columns = list[Tensor](), torch.zeros(n, dtype=torch.float64)
+    for tile in tiles:
         squares = tile.double() ** 2
         rows.append(squares.sum(dim=1))
-        columns += squares.sum(dim=0)
-    return torch.cat(rows), columns
+        columns = columns.to(squares.device) + squares.sum(dim=0)
+    return SquaredNorms(rows=torch.cat(rows), columns=columns)
 
 
 def _quantile(x: Float[Tensor, " n"]) -> float:
@@ -32,6 +41,13 @@ def _quantile(x: Float[Tensor, " n"]) -> float:
 
 
 def noise_edge(delta: Float[Tensor, "m n"], *, leading: RankOneComponents) -> float:
+    """The edge of a difference's noise, by its rows' and columns' norms: see `edge_of`."""
+    if delta.numel() == 0:
+        return 0.0
+    return edge_of(squared_norms(doubled_tiles(delta), n=delta.shape[1]), leading=leading)
+
+
+def edge_of(norms: SquaredNorms, *, leading: RankOneComponents) -> float:
     """The largest singular value that noise of the size found in an (m, n) difference would have,
     once those of its `leading` components that stand above it are taken off.
 
@@ -42,11 +58,9 @@ def noise_edge(delta: Float[Tensor, "m n"], *, leading: RankOneComponents) -> fl
     What is not taken off counts as noise here, so that a smooth power law without any has an edge
     too, in its tail: of exponent 0.7 and rank 400 near the 35th component.
     """
-    if delta.numel() == 0:
-        return 0.0
     c = leading.to(torch.float64)
     # The rest's squared norms, not formed: components are orthogonal to each other and to it.
-    rows, columns = _squared_norms(delta)
+    rows, columns = norms.rows, norms.columns
     taken = 0
     while True:
         edge = sum(_quantile(x) ** 0.5 for x in (rows, columns))

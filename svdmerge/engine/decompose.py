@@ -1,13 +1,14 @@
 """Decompose: every source's differences into stored components, less what is stored already."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from svdmerge.core.params import Parameter
 from svdmerge.engine import select_tasks, tasks
 from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan, Source, unit_bytes
+from svdmerge.engine.row_blocks import decompose_by_rows
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import find_cut, select_units
 from svdmerge.engine.tasks import Receipt
@@ -70,7 +71,8 @@ def _unit(
         items=tuple(
             tasks.Item(
                 parameter=p,
-                source=source.checkpoint.tensors[p.tensor],
+                source=source.checkpoint.tensors.get(p.tensor),
+                low_rank=source.checkpoint.low_rank.get(p.tensor),
                 base=plan.base.tensors[p.tensor],
                 wanted=depth,
                 depth=plan.depth_for(p, depth),
@@ -78,6 +80,7 @@ def _unit(
             for p, depth in wanted
         ),
         solver=plan.recipe.parameters.svd,
+        block_rows=None if source.is_factored(wanted[0][0]) else plan.block_rows(wanted[0][0]),
     )
 
 
@@ -104,7 +107,7 @@ def decompose(
     inventory, receipts = take_inventory(plan, runtime=runtime, progress=progress), list[Receipt]()
     units = list(pending(plan, inventory, whole=whole))
     while True:
-        receipts += runtime.map(tasks.decompose, units, stage="decompose", progress=progress)
+        receipts += _run(plan, units, runtime=runtime, progress=progress)
         if whole or not plan.is_shared:
             return receipts
         if units:
@@ -113,6 +116,20 @@ def decompose(
         units = list(_units(plan, inventory, partial(_depth, short)))
         if not units:
             return receipts
+
+
+def _run(
+    plan: Plan, units: Sequence[tasks.DecomposeUnit], *, runtime: Runtime, progress: Progress
+) -> list[Receipt]:
+    """Receipts of units: those a task may hold first, then the others, block of rows by block."""
+    whole = [unit for unit in units if unit.block_rows is None]
+    by_rows = [unit for unit in units if unit.block_rows is not None]
+    receipts = runtime.map(tasks.decompose, whole, stage="decompose", progress=progress)
+    if by_rows:
+        receipts += decompose_by_rows(
+            by_rows, memory_bytes=plan.recipe.resources.memory, runtime=runtime, progress=progress
+        )
+    return receipts
 
 
 def _depth(depths: Mapping[tuple[str, str], int], source: Source, parameter: Parameter) -> int:

@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.plan import Plan, peak_bytes, stored_bytes, write_bytes
 
-# For the estimate of time: one core's float64 SVD and reading from a near disk. Measured on two
 # Columns multiplied by a matrix and its transpose for a first block: eight steps of sixteen, and
 # three for the bound on what follows.
 FIRST_COLUMNS = 176
+# Times that a matrix which no task may hold is read for its first block: norms, eight steps, three
+# for the bound, the values in float64.
+PASSES = 13
+# For the estimate of time: one core's float64 SVD and reading from a near disk. Measured on two
 # cores of a cloud machine (384 to 1536 wide); a guess elsewhere, and said to be one.
 SVD_FLOPS_PER_S = 2e10
 READ_BYTES_PER_S = 4e8
@@ -55,7 +58,8 @@ def estimate(plan: Plan) -> Estimate:
     """The plan's lines and costs, as if nothing were stored yet."""
     num = len(plan.sources)
     bytes_of = {p.id: p.numel * _item_bytes(plan, p) for p in plan.parameters}
-    read = 2 * num * sum(bytes_of.values())
+    passes = {p.id: 1 if plan.block_rows(p) is None else PASSES for p in plan.parameters}
+    read = 2 * num * sum(passes[name] * size for name, size in bytes_of.items())
     decomposed = [p for p in plan.parameters if p.action is Action.DECOMPOSE]
     flops = num * sum(decompose_flops(plan, p) for p in decomposed) + sum(
         merge_flops(p, k=plan.num_given(p)) + write_flops(p, k=plan.merged_depth(p))

@@ -5,16 +5,19 @@ import itertools
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from svdmerge.core.methods.registry import METHODS, Method, Takes
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
+from svdmerge.engine.memory import by_rows_bytes
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
 from svdmerge.recipe import Recipe, SourceModel, TuneConfig
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import (
     FLOATING,
+    ITEM_BYTES,
+    TILE,
     TORCH_NAMES,
     Checkpoint,
     TensorRef,
@@ -22,6 +25,8 @@ from svdmerge.storage.checkpoint import (
 )
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.layout import BLOCK
+from svdmerge.storage.quantised import FP8
+from svdmerge.storage.source import open_source
 
 # Source bytes of one unit of work: a few seconds of SVD, and small matrices travel together.
 UNIT_BYTES = 32 << 20
@@ -38,6 +43,12 @@ class Source:
     checkpoint: Checkpoint
     ignored: tuple[str, ...]
     """Tensors that the base does not have: they have no place in the output."""
+
+    def is_factored(self, parameter: Parameter) -> bool:
+        """Whether its difference is known by its factors alone, and no weight is read."""
+        source = self.checkpoint
+        decomposed = parameter.action is Action.DECOMPOSE
+        return decomposed and source.is_partial and parameter.tensor not in source.tensors
 
     @property
     def revision(self) -> str:
@@ -118,6 +129,16 @@ class Plan:
         """Whether all matrices compete for one budget: one keeps anything from 0 to its rank."""
         return self.recipe.parameters.scope == "global"
 
+    def block_rows(self, parameter: Parameter) -> int | None:
+        """Rows of a block, where a matrix is decomposed in blocks of rows because no task may hold
+        it; by its shape alone. The exact solver has to hold it."""
+        entries = self.recipe.resources.max_matrix // 8
+        held = parameter.action is not Action.DECOMPOSE or parameter.numel <= entries
+        if held or self.recipe.parameters.svd == "exact":
+            return None
+        num_blocks = -(-parameter.m // max(1, entries // parameter.n))
+        return -(-parameter.m // num_blocks)  # all about as high, for the last one is waited for
+
     @property
     def is_shared(self) -> bool:
         """Whether sources compete for a budget, so that few of each may do."""
@@ -173,10 +194,11 @@ def make_plan(recipe: Recipe) -> Plan:
         sources=sources,
         actions=actions,
         parameters=parameters,
-        groups=tuple(_grouped(parameters, base=base)),
+        groups=(),
         hash=_hash(recipe, base=base, sources=sources, actions=actions),
         averaged_over=len(sources),
     )
+    plan = replace(plan, groups=tuple(_grouped(plan)))
     _check_memory(plan)
     return plan
 
@@ -207,9 +229,11 @@ def stored_bytes(parameter: Parameter, *, depth: int) -> int:
 
 
 def merge_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
-    """Peak memory of merging matrices in one unit, and twice what it stores (once encoded)."""
-    stored = sum(8 * plan.merged_depth(p) * (p.m + p.n) for p in parameters)
-    return stored + max(_merge_bytes(plan, p) for p in parameters)
+    """Peak memory of merging matrices in one unit: one beside what the others have become, then all
+    of them and what is stored, encoded twice on its way."""
+    merged = {p.id: 8 * plan.merged_depth(p) * (p.m + p.n) for p in parameters}
+    total = sum(merged.values())
+    return max(2 * total, *(_merge_bytes(plan, p) + total - merged[p.id] for p in parameters))
 
 
 def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
@@ -225,6 +249,8 @@ def _merge_bytes(plan: Plan, parameter: Parameter) -> int:
 
 def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
     """Peak memory of a unit: its largest matrix, and twice what it stores (once encoded)."""
+    if (rows := plan.block_rows(parameters[0])) is not None:
+        return by_rows_bytes(parameters[0], depth=plan.deepest(parameters[0]), block_rows=rows)
     stored = sum(stored_bytes(p, depth=plan.deepest(p)) for p in parameters)
     peak = max(decompose_bytes(p, depth=plan.deepest(p)) for p in parameters)
     return peak + 2 * stored
@@ -238,23 +264,27 @@ def peak_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
 def write_bytes(plan: Plan) -> dict[str, int]:
     """Peak memory of writing each tensor of the output, by name.
 
-    What is copied is only read. Else an entry is held as read, decoded and in float64, then cast
-    (24 bytes at most), and the difference of one matrix at a time lies beside it in float64.
+    What is copied is only read. Else a tile's entries are held as read, decoded and in float64,
+    then cast (24 bytes at most), with their part of the difference in float64, and one matrix's
+    factors as stored, put together and in float64.
     """
-    largest: dict[str, int] = {}
+    factors: dict[str, int] = {}
     for p in plan.parameters:
         if p.action is not Action.EQUAL:
-            largest[p.tensor] = max(p.numel, largest.get(p.tensor, 0))
+            need = 16 * plan.merged_depth(p) * (p.m + p.n)
+            factors[p.tensor] = max(need, factors.get(p.tensor, 0))
     return {
-        name: 24 * ref.numel + 8 * largest.get(name, 0)
-        if name in largest or _is_cast(ref, plan.recipe.out_dtype)
-        else ref.nbytes
+        name: 32 * min(ref.numel, TILE) + factors[name]
+        if name in factors
+        else (24 if _is_cast(ref, plan.recipe.out_dtype) else ITEM_BYTES[ref.dtype])
+        * min(ref.numel, TILE)
         for name, ref in plan.base.tensors.items()
     }
 
 
 def _is_cast(ref: TensorRef, out_dtype: str) -> bool:
-    return ref.dtype in FLOATING and out_dtype not in ("base", TORCH_NAMES[ref.dtype])
+    same = ref.dtype not in FP8 and out_dtype in ("base", TORCH_NAMES[ref.dtype])
+    return ref.dtype in FLOATING and not same
 
 
 def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
@@ -271,9 +301,9 @@ def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
 
 def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Action]) -> Source:
     reference = model.model
-    source = open_checkpoint(reference)
+    source, unplaced = open_source(reference, base=base)
     wanted = [name for name, action in actions.items() if action is not Action.BASE]
-    missing = [name for name in wanted if name not in source.tensors]
+    missing = [n for n in wanted if n not in source.tensors and not source.is_partial]
     if missing:
         other = len(missing) > len(wanted) / 2
         raise MismatchError(
@@ -285,7 +315,8 @@ def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Actio
             if other
             else f"Add the policy {{match: {missing[0]!r}, policy: base}}, or remove the source.",
         )
-    unlike = [n for n in wanted if _kind(source.tensors[n]) != _kind(base.tensors[n])]
+    present = [n for n in wanted if n in source.tensors]
+    unlike = [n for n in present if _kind(source.tensors[n]) != _kind(base.tensors[n])]
     if unlike:
         got, expected = source.tensors[unlike[0]], base.tensors[unlike[0]]
         raise MismatchError(
@@ -298,7 +329,7 @@ def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Actio
         weight=model.weight,
         quota=model.quota,
         checkpoint=source,
-        ignored=tuple(sorted(set(source.tensors) - set(base.tensors))),
+        ignored=tuple(sorted({*unplaced, *(set(source.tensors) - set(base.tensors))})),
     )
 
 
@@ -338,19 +369,18 @@ def _refuse_same_ids(parameters: Sequence[Parameter]) -> None:
             )
 
 
-def _grouped(
-    parameters: Sequence[Parameter], *, base: Checkpoint
-) -> Iterator[tuple[Parameter, ...]]:
-    """Parameters in runs of about UNIT_BYTES of the base's bytes."""
+def _grouped(plan: Plan) -> Iterator[tuple[Parameter, ...]]:
+    """Parameters in runs of about UNIT_BYTES of the base's bytes; what no task may hold, alone."""
     group: list[Parameter] = []
     size = 0
-    for parameter in parameters:
-        ref = base.tensors[parameter.tensor]
-        size += parameter.numel * (ref.nbytes // max(1, ref.numel))
-        group.append(parameter)
-        if size >= UNIT_BYTES:
+    for parameter in plan.parameters:
+        ref = plan.base.tensors[parameter.tensor]
+        alone = plan.block_rows(parameter) is not None
+        if group and (alone or size >= UNIT_BYTES):
             yield tuple(group)
             group, size = [], 0
+        size += UNIT_BYTES if alone else parameter.numel * (ref.nbytes // max(1, ref.numel))
+        group.append(parameter)
     if group:
         yield tuple(group)
 

@@ -28,6 +28,14 @@ class Unit(Protocol):
     def threads(self) -> int: ...
 
 
+# Workers give back what large tensors took once these are gone, but for 64 MiB (glibc reads this as
+# a process starts): by default its heap is in pieces soon, and a worker grew to thrice what its
+# tasks hold at once. To give back everything would cost as much as what is computed.
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+}
+
 U = TypeVar("U", bound=Unit)
 R = TypeVar("R")
 
@@ -69,6 +77,7 @@ def open_runtime(address: str) -> Generator[Runtime]:
     os.environ.setdefault("RAY_task_oom_retries", "1")
     # Tasks carry no CUDA work here, and Ray would otherwise hide devices from plain processes.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ |= {k: os.environ.get(k, v) for k, v in WORKER_ENVIRONMENT.items()}
     import ray
 
     ours = not ray.is_initialized()
@@ -90,7 +99,7 @@ def _init(address: str) -> None:
     else:
         # Workers of a cluster run the driver's code, not whatever their image holds.
         package = str(Path(__file__).resolve().parent.parent)
-        options["runtime_env"] = {"py_modules": [package]}
+        options["runtime_env"] = {"py_modules": [package], "env_vars": WORKER_ENVIRONMENT}
     try:
         ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -1,12 +1,14 @@
 """One matrix's components from a depth on, by the recipe's solver, as they are stored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from svdmerge.core.blocks import EXACT, WIDTH, Block, exact_block, next_block
+from svdmerge.core.block_shape import WIDTH
+from svdmerge.core.blocks import COMPLETE, EXACT, Block, exact_block, next_block
 from svdmerge.core.components import RankOneComponents, concatenate, flat, none
+from svdmerge.core.low_rank import factored_block
 from svdmerge.core.noise import noise_edge
 from svdmerge.core.params import Action, Parameter
 from svdmerge.storage.manifest import Committed
@@ -33,12 +35,17 @@ class Solved:
     """Components stored then, or wherever any merge ends if there are no more."""
 
 
-def stored_of(committed: Committed, parameter: Parameter) -> Stored:
-    """What a source has in the store of one matrix. Raises: StoreError, if it is damaged."""
+def known_of(committed: Committed, parameter: Parameter) -> tuple[int, int]:
+    """Components of one matrix that its next block starts from, and those stored in all."""
     depth = committed.held(parameter.source_id)
     spectra = committed.spectra().get(parameter.source_id, [])
     # What the exact solver took over is found again from the blocks before it.
-    last = min([depth, *(x.first for x in spectra if x.solver == EXACT)])
+    return min([depth, *(x.first for x in spectra if x.solver in COMPLETE)]), depth
+
+
+def stored_of(committed: Committed, parameter: Parameter) -> Stored:
+    """What a source has in the store of one matrix. Raises: StoreError, if it is damaged."""
+    last, depth = known_of(committed, parameter)
     if last == 0:
         return Stored(blocks=none(parameter.m, parameter.n), depth=depth)
     return Stored(blocks=committed.read(parameter.source_id, range(last)), depth=depth)
@@ -52,22 +59,47 @@ def solve(
     stored what a solver finds that cannot stop early."""
     fro = float(torch.linalg.vector_norm(delta))
     found = list(_blocks(delta, p=parameter, stored=stored, wanted=wanted, solver=solver, fro=fro))
+    first, block = found[0]
+    noise = _noise(delta, block, p=parameter) if first == 0 else 0.0
+    return to_store(
+        found, parameter=parameter, start=stored.depth, depth=max(depth, wanted), digest=digest,
+        fro=fro, noise=noise,
+    )  # fmt: skip
+
+
+def solve_low_rank(
+    up: torch.Tensor, down: torch.Tensor, *, parameter: Parameter, stored: Stored, wanted: int,
+    depth: int, digest: str,
+) -> Solved:  # fmt: skip
+    """Components after those stored of up @ down, as `solve` gives them."""
+    block = factored_block(up, down)
+    # Entries of low rank are no noise, whatever their size.
+    fro = float(torch.linalg.vector_norm(block.components.s))
+    return to_store(
+        [(0, block)], parameter=parameter, start=stored.depth, depth=max(depth, wanted),
+        digest=digest, fro=fro, noise=0.0,
+    )  # fmt: skip
+
+
+def to_store(
+    found: Sequence[tuple[int, Block]], *, parameter: Parameter, start: int, depth: int,
+    digest: str, fro: float, noise: float,
+) -> Solved:  # fmt: skip
+    """What is stored of blocks and the index of each one's first component, where `start` are there
+    already and no merge takes more than `depth`. `noise` is of the matrix's first block."""
     spectra = [
         Spectrum(
             parameter=parameter.source_id, sha256=digest, m=parameter.m, n=parameter.n, fro=fro,
-            bound=block.bound, first=first,
-            noise=_noise(delta, block, p=parameter) if first == 0 else 0.0,
-            s=block.components.s.to(torch.float32).numpy(),
-            solver=block.solver,
+            bound=block.bound, first=first, noise=noise if first == 0 else 0.0,
+            s=block.components.s.to(torch.float32).numpy(), solver=block.solver,
         )
         for first, block in found
     ]  # fmt: skip
     last, block = found[-1]
-    end = last + len(block.components)
     return Solved(
-        rows=[_rows(parameter, b, first, start=stored.depth, depth=depth) for first, b in found],
+        rows=[_rows(parameter, b, first, start=start, depth=depth) for first, b in found],
         spectra=spectra,
-        depth=end if block.bound > 0.0 else max(depth, wanted),
+        depth=last + len(block.components) if block.bound > 0.0 else depth,
     )
 
 
@@ -103,5 +135,5 @@ def _rows(p: Parameter, block: Block, first: int, *, start: int, depth: int) -> 
     """What is stored of a block that begins at `first`, if `start` components are there already."""
     kind = "svd" if p.action is Action.DECOMPOSE else "flat"
     c, skipped = block.components, max(0, start - first)
-    kept = c.slice(skipped, max(skipped, depth - first)) if block.solver == EXACT else c
+    kept = c.slice(skipped, max(skipped, depth - first)) if block.solver in COMPLETE else c
     return Rows(parameter=p.source_id, kind=kind, first=first + skipped, components=kept)

@@ -1,14 +1,15 @@
-"""The output in the base's layout: weights streamed tensor by tensor, index and side files."""
+"""The output in the base's layout: weights streamed by tiles, index and side files."""
 
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 
 from svdmerge.core.components import RankOneComponents, none
 from svdmerge.core.delta import DTYPE, all_finite
@@ -18,12 +19,14 @@ from svdmerge.storage.checkpoint import (
     FLOATING,
     ITEM_BYTES,
     SINGLE,
+    TILE,
     TORCH_NAMES,
     Checkpoint,
     TensorRef,
 )
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.manifest import Committed
+from svdmerge.storage.quantised import FP8
 
 MANIFEST = "svdmerge_manifest.json"
 RECIPE = "svdmerge_recipe.yml"
@@ -71,11 +74,18 @@ def output_tensors(
     return [
         OutputTensor(
             base=ref,
-            dtype=DTYPES.get(out_dtype, ref.dtype) if ref.dtype in FLOATING else ref.dtype,
+            dtype=_written_as(ref, out_dtype),
             matrices=tuple(by_tensor.get(name, ())),
         )
         for name, ref in base.tensors.items()
     ]
+
+
+def _written_as(ref: TensorRef, out_dtype: str) -> str:
+    if ref.dtype not in FLOATING:
+        return ref.dtype
+    # FP8 would need scales of its own: merged weights are written without.
+    return DTYPES.get(out_dtype, "BF16" if ref.dtype in FP8 else ref.dtype)
 
 
 def split(tensors: Sequence[OutputTensor], *, max_bytes: int) -> dict[str, list[OutputTensor]]:
@@ -112,7 +122,8 @@ def index_json(files: Mapping[str, Sequence[OutputTensor]]) -> bytes:
 def write_safetensors(
     folder: Folder, file: str, *, tensors: Sequence[OutputTensor], factors: Folder
 ) -> WrittenFile:
-    """A weights file, streamed: memory is that of one tensor, whatever the file's size.
+    """A weights file, streamed: memory is that of a tile and one matrix's factors, whatever the
+    file's size.
 
     The safetensors library writes from tensors that are all in memory, so the header (the format's
     few lines) is made here.
@@ -120,7 +131,8 @@ def write_safetensors(
     committed = load_factors(factors)
     header = _header(tensors)
     digest, size = hashlib.sha256(), 0
-    blocks = itertools.chain([header], (output_bytes(t, factors=committed) for t in tensors))
+    tiles = (output_tiles(t, factors=committed) for t in tensors)
+    blocks = itertools.chain([header], itertools.chain.from_iterable(tiles))
     with folder.writing(file) as out:
         for block in blocks:
             out.write(block)
@@ -134,32 +146,58 @@ def load_factors(folder: Folder) -> Committed:
     return Committed.load(folder, commits="", data="")
 
 
-def output_bytes(tensor: OutputTensor, *, factors: Committed) -> bytes:
-    """A tensor of the output as stored: the base's own bytes where nothing is added or cast.
+def output_tiles(tensor: OutputTensor, *, factors: Committed) -> Iterator[bytes]:
+    """A tensor of the output as stored, by tiles: the base's own bytes where nothing is added or
+    cast.
 
     Raises:
         ContentError: a value does not fit the output's dtype.
     """
     if not tensor.matrices and tensor.dtype == tensor.base.dtype:
-        return tensor.base.read_bytes()
-    merged = merged_tensor(tensor, factors=factors)
-    cast = merged.to(getattr(torch, TORCH_NAMES[tensor.dtype])).reshape(-1)
-    if not all_finite(cast) and (tensor.matrices or all_finite(merged)):
-        largest = float(merged.nan_to_num(posinf=math.inf, neginf=-math.inf).abs().max())
-        raise ContentError(
-            f"{tensor.base.name}: overflows {tensor.dtype}",
-            f"Its largest value is {largest:.3g}.",
-            "Use a wider `out_dtype`, or smaller weights and `scale`.",
-        )
-    return cast.view(torch.uint8).numpy().tobytes()
+        for start in range(0, tensor.base.numel, TILE):
+            yield tensor.base.read_bytes(start=start, count=min(TILE, tensor.base.numel - start))
+        return
+    for _, merged in merged_tiles(tensor, factors=factors):
+        cast = merged.to(getattr(torch, TORCH_NAMES[tensor.dtype]))
+        if not all_finite(cast) and (tensor.matrices or all_finite(merged)):
+            largest = float(merged.nan_to_num(posinf=math.inf, neginf=-math.inf).abs().max())
+            raise ContentError(
+                f"{tensor.base.name}: overflows {tensor.dtype}",
+                f"Its largest value is {largest:.3g}.",
+                "Use a wider `out_dtype`, or smaller weights and `scale`.",
+            )
+        yield cast.view(torch.uint8).numpy().tobytes()
 
 
-def merged_tensor(tensor: OutputTensor, *, factors: Committed) -> torch.Tensor:
-    """Base + merged difference in float64, before the cast."""
-    merged = tensor.base.read().to(DTYPE).reshape(-1)
-    for p in tensor.matrices:
-        merged[p.start : p.start + p.numel] += read_factors(factors, p).dense().reshape(-1)
-    return merged.reshape(tensor.base.shape)
+def merged_tiles(
+    tensor: OutputTensor, *, factors: Committed
+) -> Iterator[tuple[int, Float[torch.Tensor, " t"]]]:
+    """Base + merged difference in float64, before the cast: tiles of entries one after another, and
+    the first entry of each."""
+    for p in tensor.matrices or (_as_row(tensor.base),):
+        added = read_factors(factors, p) if tensor.matrices else none(p.m, p.n)
+        for rows, columns in _tiles(p):
+            start = p.start + rows.start * p.n + columns.start
+            data = tensor.base.read_bytes(start=start, count=len(rows) * len(columns))
+            part = RankOneComponents(
+                u=added.u[rows.start : rows.stop], s=added.s,
+                vh=added.vh[:, columns.start : columns.stop],
+            )  # fmt: skip
+            yield start, tensor.base.decode(data).to(DTYPE) + part.dense().reshape(-1)
+
+
+def _as_row(ref: TensorRef) -> Parameter:
+    return Parameter(id="", tensor=ref.name, start=0, m=1, n=ref.numel, action=Action.BASE)
+
+
+def _tiles(p: Parameter) -> Iterator[tuple[range, range]]:
+    """Rows and columns of a matrix's tiles, each without a gap in memory: whole rows, or parts of
+    one."""
+    height = max(1, TILE // max(1, p.n))
+    width = max(1, p.n if height > 1 else TILE)
+    for first in range(0, p.m, height):
+        for left in range(0, p.n, width):
+            yield range(first, min(first + height, p.m)), range(left, min(left + width, p.n))
 
 
 def read_factors(factors: Committed, parameter: Parameter) -> RankOneComponents:
@@ -204,9 +242,17 @@ def copy_side_files(base: Checkpoint, out: Folder) -> list[str]:
     for name in names:
         stat = base.folder.stat(name)
         if stat is not None and stat.size <= MAX_SIDE_FILE_BYTES:
-            out.put(name, base.folder.read(name))
+            out.put(name, _unquantised(base) if name == "config.json" else base.folder.read(name))
             copied.append(name)
     return copied
+
+
+def _unquantised(base: Checkpoint) -> bytes:
+    """The base's configuration, without a quantisation that the output does not have."""
+    if "quantization_config" not in base.config:
+        return base.folder.read("config.json")
+    config = {k: v for k, v in base.config.items() if k != "quantization_config"}
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _module_folders(base: Checkpoint) -> list[str]:

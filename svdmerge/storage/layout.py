@@ -36,3 +36,8 @@ def components_path(base: str, source: str) -> str:
 def run_path(plan_hash: str) -> str:
     """Folder of a run."""
     return f"runs/{plan_hash}"
+
+
+def scratch_path(name: str) -> str:
+    """Folder of what tasks hand to each other; removed at the end."""
+    return f"scratch/{name}"

@@ -81,7 +81,8 @@ def collect_garbage(store: Folder, *, grace_s: float = GRACE_S) -> list[str]:
     removed: list[str] = []
     partial = [path for path in store.find() if is_partial(path)]
     factors = [p for p in store.find("runs") if f"{FACTORS}/" in p and p.endswith(".arrow")]
-    for path in sorted({*store.find("components"), *factors, *partial}):
+    scratch = store.find("scratch")  # of drivers that were killed
+    for path in sorted({*store.find("components"), *factors, *partial, *scratch}):
         age_s = time.time() - store.fs.modified(store.path(path)).timestamp()
         if path not in named and age_s >= grace_s:
             store.remove(path)

@@ -199,8 +199,9 @@ def _worker(settings: dict[str, Any]) -> tuple[str, ...] | None:
     group = Group(rank=context.get_world_rank(), world=context.get_world_size())
     try:
         trainee = build_trainee(
-            job, examples=examples, objective=objective_of(job.config), device=device
-        )
+            job, examples=examples, objective=objective_of(job.config), device=device,
+            sharded=job.config.shard,
+        )  # fmt: skip
         loop = Loop(trainee, examples=examples, config=job.config, group=group)
         tell = Teller(job.folder) if group.rank == 0 else _silent
         train(loop, checkpoints=RayCheckpoints(), on_epoch=tell)

@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdmerge.core.evidence import choose
+from svdmerge.core.evidence import choose, standard_error
 from svdmerge.errors import TrainingError
 from svdmerge.recipe import TuneConfig
 from svdmerge.training.checkpointing import Checkpoints, State
@@ -135,14 +135,14 @@ class Loop:
         own = share(batch, rank=self._group.rank, world=self._group.world)
         total = sum(p.numel() for p in parameters)
         flat = torch.zeros(total + 3, device=self._trainee.device)
-        for part in range(self._config.accumulate):
-            if rows := list(share(own, rank=part, world=self._config.accumulate)):
-                losses, right = self._trainee.losses(self._examples, rows)
-                # Divided by the global batch, so that all parts' gradients add up to its mean.
-                grads = torch.autograd.grad(losses.sum() / len(batch), parameters)
-                flat[:total] += torch.cat([g.reshape(-1) for g in grads])
-                flat[total] += losses.detach().sum()
-                flat[total + 1] += right.sum()
+        # Of no more parts than the largest share has rows.
+        for part in range(min(self._config.accumulate, self._largest(len(batch)))):
+            losses, right = self._losses(share(own, rank=part, world=self._config.accumulate))
+            # Divided by the global batch, so that all parts' gradients add up to its mean.
+            grads = torch.autograd.grad(losses.sum() / len(batch), parameters)
+            flat[:total] += torch.cat([g.reshape(-1) for g in grads])
+            flat[total] += losses.detach().sum()
+            flat[total + 1] += right.sum()
         flat[total + 2] = self._wants_checkpoint()
         self._group.add(flat)
         sizes = [p.numel() for p in parameters]
@@ -152,6 +152,19 @@ class Loop:
         loss, right, due = flat[total:].tolist()
         self._due = due > 0
         return loss, right
+
+    def _largest(self, num_rows: int) -> int:
+        """Rows of the largest share of so many."""
+        return math.ceil(num_rows / self._group.world)
+
+    def _losses(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The losses of rows, and how much of them is right; none of no rows.
+
+        Every process runs the same passes, if need be on a row that counts for nothing: where the
+        frozen weights are shared out, the others wait for it.
+        """
+        losses, right = self._trainee.losses(self._examples, list(rows or self._rows[:1]))
+        return losses[: len(rows)], right[: len(rows)]
 
     def _wants_checkpoint(self) -> float:
         """1 where this process decides so: clocks differ, so one of them decides for all."""
@@ -163,9 +176,10 @@ class Loop:
         """Losses of what is held out (b,) and its accuracy; the same bits on every process."""
         found = torch.zeros(2, len(self._held), dtype=torch.float64, device=self._trainee.device)
         own = share(range(len(self._held)), rank=self._group.rank, world=self._group.world)
-        for places in global_batches(own, batch_size=self._config.batch_size):
-            rows = [self._held[place] for place in places]
-            losses, right = self._trainee.losses(self._examples, rows)
+        size = self._config.batch_size
+        for start in range(0, self._largest(len(self._held)), size):
+            places = own[start : start + size]
+            losses, right = self._losses([self._held[place] for place in places])
             found[:, list(places)] = torch.stack([losses, right]).double()
         self._group.add(found)
         losses, right = found.cpu()
@@ -217,10 +231,12 @@ def chosen(state: State) -> State:
     """The state with the values of the best epoch by the held-out losses, if any are held out.
 
     Of ten epochs one is best by luck: where it is not better than none by more than noise
-    (`core.evidence.choose`), nothing is changed.
+    (`core.evidence.choose`), nothing is changed. `gain` and `error` tell by how much it was better.
     """
     if not state["best"]:
         return state
     candidates = [state["start"], state["best"]]
-    best = candidates[choose([candidate["losses"] for candidate in candidates])]
-    return state | {"best": best, **{k: best[k] for k in ("sigma_change", "head")}}
+    start, trained = (candidate["losses"] for candidate in candidates)
+    best = candidates[choose([start, trained])]
+    told = {"gain": float((start - trained).mean()), "error": standard_error(start - trained)}
+    return state | told | {"best": best, **{k: best[k] for k in ("sigma_change", "head")}}

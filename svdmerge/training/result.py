@@ -83,6 +83,12 @@ class TuneResult:
     best_epoch: int | None = None
     """Whose values were kept, by the held-out loss; 0 for none trained, None without a share."""
     num_held_out: int = 0
+    held_out_gain: float | None = None
+    """By how much the best epoch's loss on them was below the untrained one's, in nats, whether or
+    not it was kept."""
+    held_out_error: float | None = None
+    """Standard error of that paired difference; half of it is what training must gain to be kept.
+    None of a single example."""
 
     def row(self, name: str) -> Row:
         """The row of this name. Raises: KeyError."""

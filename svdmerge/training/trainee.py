@@ -31,7 +31,7 @@ from svdmerge.training.features import to_device
 from svdmerge.training.objective import Objective
 
 # Settings that change where or how often, not what is trained.
-_PLACES = frozenset({"test", "out", "num_workers", "use_gpu", "save", "targets"}) | {
+_PLACES = frozenset({"test", "out", "num_workers", "shard", "use_gpu", "save", "targets"}) | {
     "checkpoint_every",
     "checkpoint_every_s",
 }
@@ -153,8 +153,9 @@ def read_directions(job: Job, parameter: str) -> RankOneComponents:
 
 
 def build_trainee(
-    job: Job, *, examples: Examples, objective: Objective, device: torch.device
-) -> Trainee:
+    job: Job, *, examples: Examples, objective: Objective, device: torch.device,
+    sharded: bool = False,
+) -> Trainee:  # fmt: skip
     """The merged model ready to train: sigma changes zero, the head at its stored start.
 
     A matrix that features do not depend on, such as a pooler's, is left out.
@@ -175,7 +176,12 @@ def build_trainee(
         half=job.config.precision == "bfloat16",
         device=device,
     )
-    backbone.module.to(device)
+    if sharded:
+        from svdmerge.training.sharding import shard  # importing it takes long, and few need it
+
+        shard(backbone.module, device=device)
+    else:
+        backbone.module.to(device)
     return _reached(trainee, examples)
 
 

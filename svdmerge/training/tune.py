@@ -95,8 +95,10 @@ class _Tuning:
     ) -> None:
         self.config, self.base, self.merged = config, base, merged
         self.folder, self.on_progress = folder, on_progress
-        # A cluster's driver may lack the workers' GPU; features then take its CPU.
-        self.device = own_device(use_gpu=config.use_gpu and torch.cuda.is_available())
+        # A cluster's driver may lack the workers' GPU, or the model not fit on one; features then
+        # take its CPU.
+        on_gpu = config.use_gpu and not config.shard and torch.cuda.is_available()
+        self.device = own_device(use_gpu=on_gpu)
         self.target: Target = load_target(config, base=base)
         self.kept, self.held = hold_out(
             self.target.train.labels.numpy(), share=config.validation_share, seed=config.seed
@@ -162,6 +164,9 @@ class _Tuning:
             "seconds": state["seconds"],
             "best_epoch": state["best"]["epoch"] if state["best"] else None,
             "num_held_out": len(self.held),
+            "held_out_gain": state.get("gain"),
+            # JSON has no infinity.
+            "held_out_error": state.get("error") if len(self.held) > 1 else None,
         }
 
     def _probes(self, models: Sequence[Checkpoint]) -> list[Probe]:
@@ -276,11 +281,14 @@ class _Tuning:
                 f"first {names[0]}"
             )
         if best := state["best"]:
-            told = f"by the loss on {len(self.held)} held-out examples"
-            yield (
-                f"epoch {best['epoch']} of {state['epoch']} is kept, {told}"
+            kept = (
+                f"epoch {best['epoch']} of {state['epoch']} is kept"
                 if best["epoch"]
-                else f"nothing is changed: no epoch was clearly better than none, {told}"
+                else "nothing is changed, for no epoch was clearly better than none"
+            )
+            yield (
+                f"{kept}: by {state['gain']:.4f} nats, standard error {state['error']:.4f}, "
+                f"on {len(self.held)} held-out examples"
             )
 
     def _export(self, result: TuneResult, *, state: State, out: Folder) -> None:

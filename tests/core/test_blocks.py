@@ -8,13 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selections import assert_selected_as_by_full_svds
 from spectra import planted
 from torch import Tensor
 
-from svdmerge.comparison.decomposition import threshold_rounds
-from svdmerge.core import blocks
-from svdmerge.core.blocks import EXACT, WIDTH, Block, exact_block, next_block
+from svdmerge.comparison.rounds import threshold_rounds
+from svdmerge.core import certified
+from svdmerge.core.block_shape import WIDTH
+from svdmerge.core.blocks import EXACT, Block, exact_block, first_blocks, next_block
 from svdmerge.core.components import RankOneComponents, concatenate, none
+from svdmerge.core.products import Dense
 
 # Above SMALL, so that Lanczos is what is tested.
 RANK = 144
@@ -67,6 +70,13 @@ def noise(*, seed: int, m: int = RANK + 16, n: int = RANK) -> Tensor:
     return torch.randn(m, n, generator=generator, dtype=torch.float64) / (m**0.5 + n**0.5)
 
 
+def rounded(*, seed: int, m: int = RANK + 16, n: int = RANK) -> Tensor:
+    """The difference of two models in bfloat16."""
+    base = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    source = base + matrix(power(0.7), seed=seed, m=m, n=n).float()
+    return source.bfloat16().double() - base.bfloat16().double()
+
+
 def block_of(delta: Tensor, stored: RankOneComponents | None = None) -> Block:
     stored = stored or none(*delta.shape)
     fro = float(torch.linalg.vector_norm(delta.double()))
@@ -83,19 +93,6 @@ def filled(delta: Tensor, *, num_blocks: int) -> tuple[RankOneComponents, Block]
             break
     assert block is not None
     return stored, block
-
-
-def assert_selected_as_by_full_svds(deltas: list[Tensor], *, k: int) -> None:
-    """The same set, but for values within 1e-5 of the cut."""
-    values = [torch.linalg.svdvals(d.double()) for d in deltas]
-    rounding = [1e-12 * float(v[0]) if len(v) else 0.0 for v in values]
-    ranked = sorted((float(s) for v in values for s in v), reverse=True)
-    cut = max(ranked[k - 1], *rounding)
-    found = {(int(source), index) for source, index in threshold_rounds(deltas, k=k)[0]}
-    for source, v in enumerate(values):
-        for index, s in enumerate(v.tolist()):
-            if abs(s - cut) > 1e-5 * cut:
-                assert ((source, index) in found) == (s > cut), (source, index, s, cut)
 
 
 # --- the selection ---
@@ -117,7 +114,7 @@ def test_one_source_a_thousand_times_larger_gives_all() -> None:
     deltas = [matrix(power(0.7), seed=i) for i in range(3)]
     deltas[1] *= 1000
     assert_selected_as_by_full_svds(deltas, k=30)
-    assert {source for source, _ in threshold_rounds(deltas, k=30)[0]} == {"1"}
+    assert {source for source, _ in threshold_rounds(deltas, k=30).kept} == {1}
 
 
 @pytest.mark.parametrize("shape", [(RANK, 400), (400, RANK), (RANK, RANK)])
@@ -127,19 +124,35 @@ def test_wide_and_tall_matrices_alike(shape: tuple[int, int]) -> None:
     assert_selected_as_by_full_svds(deltas, k=30)
 
 
-def test_rounded_to_bfloat16() -> None:
-    base = torch.randn(RANK + 16, RANK, generator=torch.Generator().manual_seed(0))
-    deltas = [
-        (base + matrix(power(0.7), seed=i).float()).bfloat16().double()
-        - base.bfloat16().double()
-        for i in range(3)
-    ]  # fmt: skip
-    assert_selected_as_by_full_svds(deltas, k=30)
+@pytest.mark.parametrize("k", [5, 30, 60])
+def test_the_selection_from_bfloat16_is_that_of_full_svds(k: int) -> None:
+    assert_selected_as_by_full_svds([rounded(seed=i) for i in range(3)], k=k)
 
+
+@pytest.mark.parametrize("place", [4, WIDTH - 1, WIDTH, 2 * WIDTH - 1])
+@pytest.mark.parametrize("apart", [2e-5, 5e-6])
+@pytest.mark.parametrize("larger", [0, 1])
+def test_what_stands_as_close_to_the_cut_is_told_apart(
+    place: int, apart: float, larger: int
+) -> None:
+    """One value of each source there, of which the larger one alone is selected: by its float64
+    value, for products in float32 are off by as much."""
+    values = [power(0.7), power(0.7)]
+    for i, s in enumerate(values):
+        s[place] *= 1.0 + apart if i == larger else 1.0
+    deltas = [matrix(s, seed=i) for i, s in enumerate(values)]
+    kept = threshold_rounds(deltas, k=2 * place + 1).kept
+    assert [(i, place) in kept for i in range(2)] == [larger == 0, larger == 1]
+
+
+MATRICES: dict[str, Callable[[int], Tensor]] = {
+    "noise": lambda seed: noise(seed=seed),
+    "rounded": lambda seed: rounded(seed=seed),
+} | {kind: lambda seed, s=s: matrix(s(), seed=seed) for kind, s in SPECTRA.items()}
 
 sources = st.lists(
     st.tuples(
-        st.sampled_from(sorted(SPECTRA)),
+        st.sampled_from(sorted(MATRICES)),
         st.floats(-2.0, 2.0),  # log10 of the scale
         st.integers(0, 10**6),
     ),
@@ -153,17 +166,19 @@ sources = st.lists(
 def test_the_selection_of_any_sources_is_that_of_full_svds(
     drawn: list[tuple[str, float, int]], k: int
 ) -> None:
-    deltas = [matrix(SPECTRA[kind](), seed=seed) * 10**scale for kind, scale, seed in drawn]
+    deltas = [MATRICES[kind](seed) * 10**scale for kind, scale, seed in drawn]
     assert_selected_as_by_full_svds(deltas, k=k)
 
 
 def test_half_a_bound_would_miss_components(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the bound is for: here the next values lie just above the cut."""
-    many = matrix(leading([1.0 - i / 100 for i in range(40)]), seed=1)
-    few = [matrix(leading([0.6] * 20), seed=seed) for seed in (2, 3)]
+    many = matrix(leading([i**-0.5 for i in range(1, 41)]), seed=1)
+    few = [matrix(leading([0.15] * 20), seed=seed) for seed in (2, 3)]
     assert_selected_as_by_full_svds([many, *few], k=40)
-    honest = blocks.remainder_bound
-    monkeypatch.setattr(blocks, "remainder_bound", lambda *a, **o: honest(*a, **o) / 2)
+    honest = certified.remainder_bounds
+    monkeypatch.setattr(
+        certified, "remainder_bounds", lambda *a, **o: [b / 2 for b in honest(*a, **o)]
+    )
     with pytest.raises(AssertionError):
         assert_selected_as_by_full_svds([many, *few], k=40)
 
@@ -244,6 +259,66 @@ def test_a_block_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(11)
     block_of(matrix(power(0.7), seed=1))
     assert torch.equal(torch.rand(3), expected)
+
+
+# --- when to leave to the exact solver ---
+
+
+def steps_taken(monkeypatch: pytest.MonkeyPatch, delta: Tensor) -> int:
+    """Products with blocks of columns that the first block takes."""
+    taken, honest = list[int](), Dense.step
+
+    def counted(self: Dense, x: Tensor) -> tuple[Tensor, Tensor]:
+        taken.append(x.shape[-1])
+        return honest(self, x)
+
+    monkeypatch.setattr(Dense, "step", counted)
+    block_of(delta)
+    return len(taken)
+
+
+def test_what_is_flat_is_left_after_three_steps_without_a_certificate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert steps_taken(monkeypatch, noise(seed=1, m=320, n=300)) == 3
+
+
+def test_noise_under_few_components_is_left_once_it_is_seen_not_to_converge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = planted(torch.linspace(1.0, 0.6, 5), m=620, n=600, seed=1).matrix
+    delta = few + 0.05 * noise(seed=1, m=620, n=600)
+    stored, block = filled(delta, num_blocks=1)
+    assert len(stored) == 5
+    assert 0.045 <= block.bound <= 0.07
+    assert block_of(delta, stored).solver == EXACT
+    assert steps_taken(monkeypatch, delta) <= 12 + 3
+
+
+def test_a_power_law_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, block = filled(matrix(power(0.5, rank=600), seed=1, m=600, n=600), num_blocks=2)
+    assert (len(stored), block.solver) == (2 * WIDTH, "lanczos float32")
+
+
+# --- stacks ---
+
+
+@pytest.mark.parametrize(("m", "n"), [(160, 144), (144, 160), (40, 30)])
+def test_matrices_of_a_stack_give_what_each_gives_by_itself(m: int, n: int) -> None:
+    """Steep ones stop early, noise is left, and zero has nothing, whatever lies beside them."""
+    deltas = [matrix(power(e, rank=min(m, n)), seed=3, m=m, n=n) for e in (0.5, 0.9, 1.5)]
+    deltas += [noise(seed=4, m=m, n=n), torch.zeros(m, n, dtype=torch.float64)]
+    names = [f"p{i}" for i in range(len(deltas))]
+    fros = [float(torch.linalg.vector_norm(d)) for d in deltas]
+    stacked = first_blocks(torch.stack(deltas), fros=fros, parameters=names)
+    for delta, fro, name, block in zip(deltas, fros, names, stacked, strict=True):
+        alone = next_block(delta, stored=none(m, n), fro=fro, parameter=name)
+        assert (block.solver, len(block.components)) == (alone.solver, len(alone.components))
+        assert block.bound == pytest.approx(alone.bound, rel=1e-4)
+        largest = float(torch.linalg.matrix_norm(delta, 2))
+        assert torch.all((block.components.s - alone.components.s).abs() <= 1e-6 * largest)
+        apart = block.components.dense() - alone.components.dense()
+        assert float(torch.linalg.matrix_norm(apart)) <= 1e-4 * largest
 
 
 # --- the bound ---

@@ -58,6 +58,12 @@ class FolderContract:
         folder.put("file", b"second")
         assert folder.read("file") == b"second"
 
+    def test_scratch_is_written_whole_and_replaced_alike(self, folder: Folder) -> None:
+        folder.put_scratch("a/file", b"a long first version")
+        folder.put_scratch("a/file", b"second")
+        assert folder.read("a/file") == b"second"
+        assert folder.find() == {"a/file": 6}
+
     def test_a_missing_file_is_not_found(self, folder: Folder) -> None:
         folder.put("there", b"x")
         with pytest.raises(FileNotFoundError):

@@ -1,6 +1,6 @@
 """Training under Ray Train: the numbers of one process, although a worker is killed.
 
-Real: Ray, its workers, gloo, SIGKILL, checkpoints on disk. Made up: the model and the data.
+Real: Ray, its workers, gloo, FSDP, SIGKILL, checkpoints on disk. Made up: the model and the data.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def assert_close(a: State, b: State) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_two_workers_of_which_one_is_killed_end_with_the_numbers_of_one_process(
+def test_two_workers_with_halved_weights_and_one_killed_end_with_the_numbers_of_one_process(
     tmp_path: Path,
 ) -> None:
     marker = tmp_path / "marker"
@@ -43,7 +43,7 @@ def test_two_workers_of_which_one_is_killed_end_with_the_numbers_of_one_process(
         tmp_path, config={"kill_marker": str(marker), "kill_at_step": 13, "pause_s": 3.0}
     )
     # 36 examples in batches of 8: the last one is of 4, so the workers' parts differ in size too.
-    config = case.config(num_workers=2)
+    config = case.config(num_workers=2, shard=True)
     seen: list[tuple[str, int, int]] = []
     result = case.tune(
         config, run="together", out="a", use_ray=True, on_progress=lambda *step: seen.append(step)

@@ -90,7 +90,10 @@ def test_the_values_of_the_best_epoch_on_what_is_held_out_are_kept(case: Case) -
     config = case.config(validation_share=0.3, epochs=12, patience=2, learning_rate=0.5)
     result = case.tune(config)
     assert result.num_held_out == 12
-    assert any("held-out examples" in note for note in result.notes)
+    assert result.held_out_gain is not None
+    [told] = [note for note in result.notes if "held-out examples" in note]
+    assert f"by {result.held_out_gain:.4f} nats" in told
+    assert (result.best_epoch == 0) == told.startswith("nothing is changed")
     losses = [x for point in result.curve if (x := point.held_out_loss) is not None]
     least = 1 + min(range(len(losses)), key=lambda i: losses[i])
     assert len(losses) == len(result.curve) == min(least + config.patience, config.epochs)
@@ -122,6 +125,9 @@ def test_an_epoch_is_kept_if_it_is_better_by_more_than_noise(
     assert found["best"]["epoch"] == kept
     assert float(found["sigma_change"]["layer"]) == kept
     assert found["epoch"] == 5
+    differences = 1.0 - np.array(best)
+    assert found["gain"] == pytest.approx(differences.mean())
+    assert found["error"] == pytest.approx(differences.std(ddof=1) / 2)
 
 
 def test_a_head_of_rate_zero_stays_as_it_started(case: Case) -> None:
