@@ -28,6 +28,9 @@ LANCZOS_SHARE = 1 / 16
 # Stored blocks of which the last is not full ended where values fell too slowly for Lanczos, if
 # their last value is above this share of the first: far above what float32 can reach.
 SLOW = 0.1
+# Frobenius norms between which float32 holds the squares of Gram matrices' entries, small ones
+# beside the largest too: a difference outside is multiplied in float64, whose range is far wider.
+FLOAT32_RANGE = 1e-4, 1e8
 # What a block says of its solver if that finds all that is left.
 EXACT = "exact"
 
@@ -37,8 +40,8 @@ def next_block(
 ) -> Block:
     """The block after those stored (none: the first). `fro` is ||delta||_F.
 
-    Solvers in turn: Lanczos in float32, in float64 where that cannot see what is left, then the
-    exact one.
+    Solvers in turn: Lanczos in float32, in float64 where that cannot see what is left or hold its
+    square, then the exact one.
     """
     if delta.shape[0] < delta.shape[1]:
         return _turned_block(
@@ -64,7 +67,7 @@ def first_blocks(
         turned = first_blocks(deltas.mT, fros=fros, parameters=parameters)
         return [_turned_block(block) for block in turned]
     nothing = none(m, n).to(torch.float64)
-    if n <= SMALL:
+    if n <= SMALL or not all(fro == 0.0 or _suits_float32(fro) for fro in fros):
         return [
             next_block(delta, stored=nothing, fro=fro, parameter=parameter)
             for delta, fro, parameter in zip(deltas, fros, parameters, strict=True)
@@ -97,9 +100,11 @@ def lanczos_block(
         lanczos_attempts, fros=[fro], restarts=restarts,
         seeds=[svd.seed_of(parameter, m=m, n=n, block=len(known))],
     )  # fmt: skip
-    a = products(torch.float32)
-    (found,) = attempt(a, known, steps=steps(a.dtype))
-    if not found.block.reaches() and (restarts or found.is_hidden):
+    found = None
+    if _suits_float32(fro):
+        a = products(torch.float32)
+        (found,) = attempt(a, known, steps=steps(a.dtype))
+    if found is None or (not found.block.reaches() and (restarts or found.is_hidden)):
         del known
         # In float64 without what the rounding of stored vectors leaves of them in the difference.
         a = products(torch.float64)
@@ -110,6 +115,11 @@ def lanczos_block(
 def exact_block(delta: Float[Tensor, "m n"], *, stored: RankOneComponents) -> Block:
     """All components that follow those stored, in float64."""
     return Block(components=_rest(delta, stored), bound=0.0, solver=EXACT)
+
+
+def _suits_float32(fro: float) -> bool:
+    """Whether a difference of this Frobenius norm can be multiplied in float32."""
+    return FLOAT32_RANGE[0] <= fro <= FLOAT32_RANGE[1]
 
 
 def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:

@@ -216,6 +216,24 @@ def test_a_matrix_of_low_rank_in_float32_is_not_called_whole_beyond_its_rounding
     assert float(torch.linalg.svdvals(delta.double())[3]) <= block.bound <= 1e-5
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-5, 1e12, 1e30])
+def test_no_scale_costs_a_digit(scale: float) -> None:
+    """Differences of layers that were all but frozen have values whose squares, or the residuals
+    beside them, are no normal numbers of float32."""
+    delta = matrix(power(0.8), seed=1)
+    for block in (
+        block_of(scale * delta),
+        first_blocks(
+            torch.stack([scale * delta, delta]), parameters=["x", "y"],
+            fros=[f * float(torch.linalg.vector_norm(delta)) for f in (scale, 1.0)],
+        )[0],
+    ):  # fmt: skip
+        values = power(0.8)[: len(block.components)] * scale
+        assert len(block.components) == WIDTH
+        assert torch.all((block.components.s - values).abs() <= 1e-7 * scale)
+        assert float(power(0.8)[WIDTH]) <= block.bound / scale <= 1.3 * float(power(0.8)[WIDTH])
+
+
 def test_zero_has_no_components() -> None:
     block = block_of(torch.zeros(200, 150))
     assert (len(block.components), block.bound) == (0, 0.0)
