@@ -91,7 +91,6 @@ class Run:
             "decompose",
             lambda: decompose(
                 self.plan,
-                attempt=self._attempt,
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,

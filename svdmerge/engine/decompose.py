@@ -96,7 +96,7 @@ def shortfalls(
 
 
 def decompose(
-    plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress, whole: bool = False
+    plan: Plan, *, runtime: Runtime, progress: Progress, whole: bool = False
 ) -> list[Receipt]:
     """Receipts of the units that were decomposed now; those committed before are not among them.
 
