@@ -16,6 +16,7 @@ from svdmerge.core import svd
 from svdmerge.core.block_shape import WIDTH, block_width, max_steps
 from svdmerge.core.certified import Block, lanczos_attempts
 from svdmerge.core.components import RankOneComponents, none
+from svdmerge.core.deflated import without
 from svdmerge.core.gram import by_gram
 from svdmerge.core.lanczos import FLAT
 from svdmerge.core.products import Dense, Products
@@ -144,8 +145,10 @@ def _rest(delta: Float[Tensor, "m n"], stored: RankOneComponents) -> RankOneComp
         found = by_gram(delta)
         return found.slice(0, int((found.s > 0).sum()))
     known, a = _polished(Dense(delta, torch.float64), stored), delta.to(torch.float64)
-    a = a - known.u @ (known.u.T @ a)
-    found = by_gram(a - (a @ known.vh.T) @ known.vh)
+    # Twice, for what rounding leaves along them is as large as the smallest values that count.
+    for _ in range(2):
+        a = without(without(a, known.u).mT, known.vh.mT).mT
+    found = by_gram(a)
     floor = torch.finfo(torch.float64).eps * max(a.shape) * float(known.s[0])
     left = min(int((found.s > floor).sum()), min(a.shape) - len(stored))
     return found.slice(0, left)

@@ -203,6 +203,16 @@ def test_values_vectors_and_residuals_are_the_matrixs(kind: str) -> None:
         assert torch.all((vectors.T @ vectors - identity).abs() <= 1e-4)
 
 
+def test_the_smallest_values_an_exact_solver_finds_have_the_matrixs_vectors_too() -> None:
+    """They are as small as what rounding leaves along the components that were known."""
+    delta = matrix(torch.logspace(0, -13.2, 54, dtype=torch.float64), seed=1)
+    stored, block = filled(delta, num_blocks=2)
+    assert (block.solver, len(stored) > 50) == (EXACT, True)
+    c = block.components
+    for residual in (delta @ c.vh.T - c.u * c.s, delta.T @ c.u - c.vh.T * c.s):
+        assert torch.linalg.vector_norm(residual, dim=0).max() <= 1e-5
+
+
 def test_a_matrix_of_low_rank_is_found_whole_and_nothing_after_it() -> None:
     stored, block = filled(matrix(leading([3.0, 2.0, 1.0]), seed=1), num_blocks=3)
     assert len(stored) == 3
