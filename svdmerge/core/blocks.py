@@ -34,6 +34,10 @@ SLOW = 0.1
 FLOAT32_RANGE = 1e-4, 1e8
 # What a block says of its solver if that finds all that is left.
 EXACT = "exact"
+# And of one that was given in factors.
+FACTORED = "factored"
+# Where either was at work no values follow, whatever was stored of the vectors.
+COMPLETE = (EXACT, FACTORED)
 
 
 def next_block(

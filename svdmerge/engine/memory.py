@@ -24,7 +24,9 @@ def iteration_bytes(parameter: Parameter, *, depth: int) -> int:
     """
     m, n, rank = parameter.m, parameter.n, parameter.rank
     width = block_width(rank)
-    basis = max(size * steps_within(rank, itemsize=size) for size in (4, 8)) * width * (m + n)
+    basis = max(
+        itemsize * steps_within(rank, itemsize=itemsize) for itemsize in (4, 8)
+    ) * width * (m + n)  # fmt: skip
     iterating = basis + depth * (8 * (m + n) + 16 * n) + 32 * width * (m + n)
     return max(iterating, depth * (4 * (m + n) + 32 * n))
 
