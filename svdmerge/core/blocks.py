@@ -5,9 +5,11 @@ solver makes it follows from the shape and those blocks alone. So a store deepen
 the numbers of one that was filled at once, whoever filled it.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,6 +34,11 @@ SLOW = 0.1
 # Frobenius norms between which float32 holds the squares of Gram matrices' entries, small ones
 # beside the largest too: a difference outside is multiplied in float64, whose range is far wider.
 FLOAT32_RANGE = 1e-4, 1e8
+# What LAPACK's failures to converge are raised as.
+FAILURES = (
+    torch.linalg.LinAlgError,  # pyright: ignore[reportPrivateImportUsage]
+    np.linalg.LinAlgError,
+)
 # What a block says of its solver if that finds all that is left.
 EXACT = "exact"
 # And of one that was given in factors.
@@ -46,7 +53,7 @@ def next_block(
     """The block after those stored (none: the first). `fro` is ||delta||_F.
 
     Solvers in turn: Lanczos in float32, in float64 where that cannot see what is left or hold its
-    square, then the exact one.
+    square, then the exact one; the next one too where LAPACK fails one of them.
     """
     if delta.shape[0] < delta.shape[1]:
         return _turned_block(
@@ -55,10 +62,12 @@ def next_block(
     n = delta.shape[1]
     if fro > 0.0 and len(stored) < n and _is_exact(n, s=stored.s):
         return exact_block(delta, stored=stored)
-    found = lanczos_block(
-        partial(Dense, delta), shape=tuple(delta.shape), stored=lambda: stored, fro=fro,
-        parameter=parameter, steps=lambda _: max_steps(n),
-    )  # fmt: skip
+    found = None
+    with contextlib.suppress(*FAILURES):
+        found = lanczos_block(
+            partial(Dense, delta), shape=tuple(delta.shape), stored=lambda: stored, fro=fro,
+            parameter=parameter, steps=lambda _: max_steps(n),
+        )  # fmt: skip
     return found or exact_block(delta, stored=stored)
 
 
@@ -146,16 +155,23 @@ def _polished(a: Products, stored: RankOneComponents) -> RankOneComponents:
 def _rest(delta: Float[Tensor, "m n"], stored: RankOneComponents) -> RankOneComponents:
     """All components that are left."""
     if len(stored) == 0:
-        found = by_gram(delta)
+        found = _all(delta)
         return found.slice(0, int((found.s > 0).sum()))
     known, a = _polished(Dense(delta, torch.float64), stored), delta.to(torch.float64)
     # Twice, for what rounding leaves along them is as large as the smallest values that count.
     for _ in range(2):
         a = without(without(a, known.u).mT, known.vh.mT).mT
-    found = by_gram(a)
+    found = _all(a)
     floor = torch.finfo(torch.float64).eps * max(a.shape) * float(known.s[0])
     left = min(int((found.s > floor).sum()), min(a.shape) - len(stored))
     return found.slice(0, left)
+
+
+def _all(a: Float[Tensor, "m n"]) -> RankOneComponents:
+    """All components of a matrix, by LAPACK's own decomposition if its eigensolver fails."""
+    with contextlib.suppress(*FAILURES):
+        return by_gram(a)
+    return svd.exact(a)
 
 
 def _turned_block(block: Block) -> Block:

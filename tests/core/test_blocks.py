@@ -226,6 +226,21 @@ def test_a_matrix_of_low_rank_in_float32_is_not_called_whole_beyond_its_rounding
     assert float(torch.linalg.svdvals(delta.double())[3]) <= block.bound <= 1e-5
 
 
+def test_where_lapack_fails_one_solver_the_next_one_takes_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")  # pyright: ignore[reportPrivateImportUsage]
+
+    delta = matrix(power(0.8), seed=1)
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    nothing = none(*delta.shape)
+    for first in (nothing, exact_block(delta, stored=nothing).components.slice(0, 5)):
+        block = block_of(delta, first.to(torch.float32))
+        assert (block.solver, block.bound) == (EXACT, 0.0)
+        assert torch.all((block.components.s - power(0.8)[len(first) :]).abs() <= 1e-10)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-5, 1e12, 1e30])
 def test_no_scale_costs_a_digit(scale: float) -> None:
     """Differences of layers that were all but frozen have values whose squares, or the residuals

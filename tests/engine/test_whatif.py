@@ -1,6 +1,7 @@
 """What-if and selection: what is kept at a budget, from stored spectra alone."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,7 +258,7 @@ def test_a_subset_of_sources_another_salience_and_scope_are_what_a_run_of_them_k
     ],
 )
 def test_a_wrong_question_is_refused_by_name(
-    tmp_path: Path, question: dict[str, list[str]], told: str
+    tmp_path: Path, question: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(RecipeError, match=told):
         asked(tiny_bench(tmp_path).plan(), **question)
