@@ -40,7 +40,28 @@ Groups = Annotated[dict[str, Any], AfterValidator(check_groups), Field(min_lengt
 Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
 
 
-class Training(Section):
+class Pace(Section):
+    """How a decomposable model is split, and how long and fast it trains."""
+
+    learngenes: Share = 0.5
+    """Components that every class uses: a share of each layer's rank, or a count."""
+    tailors: Share = 0.5
+    """Components of all tailor groups together, split evenly."""
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    measure_every: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    use_gpu: bool = False
+    threads: PositiveInt = 1
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
+
+
+class Training(Pace):
     """How a decomposable model is trained, or trained on from its learngenes."""
 
     task: Literal["text", "image", "tensor"] = "text"
@@ -57,24 +78,33 @@ class Training(Section):
     max_length: PositiveInt = 128
     start: Literal["random", "svd"] = "random"
     """Where factors start: at random, or the SVD of the base's projections."""
-    learngenes: Share = 0.5
-    """Components that every class uses: a share of each layer's rank, or a count."""
-    tailors: Share = 0.5
-    """Components of all tailor groups together, split evenly."""
     groups: Groups
     """Tailor group -> its labels, or -> further groups: a hierarchy. A label may be in several."""
-    steps: PositiveInt = 1000
-    batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat = 1e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    measure_every: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
-    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    use_gpu: bool = False
-    threads: PositiveInt = 1
-    checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
+
+
+class Drawing(Pace):
+    """A diffusion transformer that learns to draw images of some classes."""
+
+    train: str = Field(min_length=1)
+    """A table of images of one size, in columns `image` (encoded) and `label` (integers)."""
+    test: str = ""
+    """A table like it whose denoising loss is measured, if there is one."""
+    classes: Annotated[dict[str, int], Field(min_length=1)]
+    """Name -> label, of those that are learnt."""
+    groups: Groups | None = None
+    """Tailor group -> its classes, or -> further groups; by default a group for each class."""
+    learngenes_of: str | None = None
+    """Folder of a trained model whose learngenes are carried over, and stand still."""
+    image_size: PositiveInt = 32
+    """Pixels of a side."""
+    channels: Literal[1, 3] = 3
+    patch: PositiveInt = 4
+    width: PositiveInt = 64
+    depth: PositiveInt = 3
+    heads: PositiveInt = 2
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    pictures: str = ""
+    """Folder for grids of samples, written every `measure_every` steps; empty writes none."""
 
 
 class Transfer(Training):
@@ -124,6 +154,8 @@ class KindRecipe(Section):
     """A merge recipe: the sources of a library stand in for a trained model."""
     store: str = "./svdmerge-store"
     train: Training | None = None
+    draw: Drawing | None = None
+    """Trained by `train` into `model`, if there is no `train` section."""
     recombine: Recombine | None = None
     transfer: Transfer | None = None
 
@@ -146,5 +178,10 @@ def parse_kind_recipe(raw: Mapping[str, Any], *, origin: str = "recipe") -> Kind
         KindRecipe,
         dict(raw),
         origin=origin,
-        sections={"train": Training, "transfer": Transfer, "recombine": Recombine},
+        sections={
+            "train": Training,
+            "draw": Drawing,
+            "transfer": Transfer,
+            "recombine": Recombine,
+        },
     )

@@ -15,7 +15,7 @@ from svdmerge.core.kind.gate import ClassGate, from_hierarchy, gate_of, gate_row
 from svdmerge.core.kind.replace import Spec, decomposable
 from svdmerge.errors import RecipeError
 from svdmerge.kind.folder import Model, as_example, check_free, plain, write
-from svdmerge.kind.recipe import Training, Transfer
+from svdmerge.kind.recipe import Pace, Training, Transfer
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint, open_checkpoint
 from svdmerge.storage.decomposed import Place, StoredModel
@@ -208,7 +208,7 @@ def gate_of_labels(groups: dict[str, Any], *, names: tuple[str, ...] = ()) -> Cl
     return gate_of({label: uses.get(label, []) for label in order})
 
 
-def settings_of(config: Training) -> Settings:
+def settings_of(config: Pace) -> Settings:
     """How training goes."""
     names = Settings.__dataclass_fields__.keys() & type(config).model_fields.keys()
     return Settings(**{name: getattr(config, name) for name in names})

@@ -11,7 +11,8 @@ from svdmerge.kind import folder
 from svdmerge.kind import recombine as recombining
 from svdmerge.kind import split as splitting
 from svdmerge.kind import train as training
-from svdmerge.kind.recipe import KindRecipe, Recombine, Training
+from svdmerge.kind.diffusion import DiffusionResult, diffusion_of, train_diffusion
+from svdmerge.kind.recipe import Drawing, KindRecipe, Pace, Recombine
 from svdmerge.kind.recombine import Parts, RecombineResult
 from svdmerge.kind.split import SplitResult
 from svdmerge.kind.train import Learngenes, TrainResult
@@ -28,6 +29,30 @@ def train(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -> T
     with _steps(recipe.train, progress, "train") as on_step, open_runtime(address):
         return training.train(
             recipe.train, out=out, store=store, use_ray=address != "none", on_step=on_step
+        )
+
+
+def draw(
+    recipe: KindRecipe, config: Drawing, *, address: str, progress: Progress = SILENT
+) -> DiffusionResult:
+    """Train the model of a `draw` section into `model`. Raises: as `train_diffusion`."""
+    out, store = Folder.at(recipe.model), Folder.at(recipe.store)
+    folder.check_free(out)
+    learngenes = None
+    if config.learngenes_of is not None:
+        model = folder.read(Folder.at(config.learngenes_of))
+        splitting.split(store, model)
+        learngenes = Learngenes(store=store, place=splitting.place_of(model))
+    with _steps(config, progress, "draw") as on_step, open_runtime(address):
+        return train_diffusion(
+            diffusion_of(config),
+            settings=training.settings_of(config),
+            names=list(config.classes),
+            out=out,
+            store=store,
+            use_ray=address != "none",
+            on_step=on_step,
+            learngenes=learngenes,
         )
 
 
@@ -108,7 +133,7 @@ def transfer(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -
 
 
 @contextlib.contextmanager
-def _steps(config: Training, progress: Progress, name: str) -> Generator[Callable[[int], None]]:
+def _steps(config: Pace, progress: Progress, name: str) -> Generator[Callable[[int], None]]:
     """A bar over training steps, advanced to the step that is told."""
     with progress.stage(name, config.steps) as bar:
         done = 0

@@ -179,5 +179,7 @@ def _start(
         m, n,
         num_components=sum(sizes),
         num_active=float(used.mean()),
+        # Of a layer that starts at zero, such as a branch that is switched off: nn.Linear's.
+        variance=float(weight.square().mean()) or None,
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
