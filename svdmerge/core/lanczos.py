@@ -31,8 +31,8 @@ REACH = {torch.float32: 1e-2, torch.float64: 1e-6}
 # two to four.
 SPENT = 8.0
 
-# Steps before the first look at the Ritz values, which tells what is flat or of low rank at once,
-# and before the second: little else has converged before.
+# Steps before the Ritz values, without vectors a third of a look's work, tell what is flat, and
+# before the first look at all else: little but what is of low rank has converged before.
 FLAT_STEPS, BLIND_STEPS = 3, 6
 # By how much the residuals shrink in a step, by far: so many more pass before the next look, which
 # costs more than a step on small matrices.
@@ -94,11 +94,12 @@ def _iterate(
 ) -> list[tuple[Float[Tensor, "n w"], "_Ritz"]]:
     """Of each matrix the leading approximations, once enough have converged, or no more can."""
     found, looked = dict[int, tuple[Tensor, _Ritz]](), dict[int, _Ritz]()
-    due = dict.fromkeys(range(num_matrices), FLAT_STEPS)
+    due = dict.fromkeys(range(num_matrices), BLIND_STEPS)
     while due:
         krylov.extend()
         last = krylov.spent() if krylov.steps < krylov.max_steps else [True] * num_matrices
-        now = [i for i, look in due.items() if last[i] or look <= krylov.steps]
+        flat = krylov.flat() if krylov.steps == FLAT_STEPS else [False] * num_matrices
+        now = [i for i, look in due.items() if last[i] or flat[i] or look <= krylov.steps]
         for i, ritz in zip(now, krylov.look(now) if now else (), strict=True):
             more = 0 if last[i] else ritz.steps_to_go(looked.get(i))
             hopeless = ritz.is_flat() or krylov.steps + more > krylov.max_steps
@@ -148,9 +149,9 @@ class _Ritz:
         since the look before, or as they commonly do. None if they have."""
         if self.worst <= 1.0:
             return 0
-        if before is None:
-            return max(1, BLIND_STEPS - self.steps)
-        if before.steps < BLIND_STEPS:
+        if self.steps < BLIND_STEPS:
+            return BLIND_STEPS - self.steps
+        if before is None or before.steps < BLIND_STEPS:
             return math.ceil(math.log(self.worst, SHRINKS))
         shrinks = (before.worst / self.worst) ** (1 / (self.steps - before.steps))
         return math.ceil(math.log(self.worst) / math.log(max(shrinks, LEAST)))
@@ -206,6 +207,13 @@ class _Krylov:
             left <= rounding * max(squared, self._largest**2)
             for left, squared in torch.stack([left, squared], dim=-1).reshape(-1, 2).tolist()
         ]
+
+    def flat(self) -> list[bool]:
+        """By matrix, whether the Ritz values do not fall."""
+        size = self.steps * self.width
+        gram = self._gram[..., :size, :size].reshape(-1, size, size)
+        values = torch.linalg.eigvalsh(gram)[:, -self.width :].tolist()
+        return [v[0] > FLAT**2 * max(v[-1], self._largest**2) for v in values]
 
     def look(self, which: Sequence[int]) -> list[_Ritz]:
         """The leading Ritz vectors of some matrices, and how far they have converged."""
