@@ -170,11 +170,8 @@ def whatif(
 
         loaded = load_recipe(recipe)
         try:
-            budgets = (
-                [parse_share(part) for part in k.split(",")]
-                if k is not None
-                else [loaded.parameters.k]
-            )
+            given = [] if k is None else [parse_share(part) for part in k.split(",")]
+            budgets = given or [loaded.parameters.k]
         except ValueError as error:
             raise RecipeError(f"--k {k}: {error}") from None
         plan = asked(
@@ -203,6 +200,49 @@ def verify(
         show(as_json, lambda: [c.to_json() for c in checks], lambda: [verify_table(checks)])
         if not all(c.held for c in checks):
             raise typer.Exit(1)
+
+    guard(work, verbose=verbose)
+
+
+@app.command()
+def push(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The output folder of a run.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="org/name on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to upload to.")] = "main",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check and list.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Upload an output to the hub, checked first, in one commit. Resumes by itself."""
+
+    def work() -> None:
+        from svdmerge.push import push as pushed_to
+
+        done = pushed_to(out, repo, private=private, revision=revision, dry_run=dry_run)
+        size = f"{len(done.files)} files, {done.nbytes / 2**20:.1f} MiB"
+        show(as_json, done.to_json, lambda: [f"{done.url or 'would upload'}: {size}"])
+
+    guard(work, verbose=verbose)
+
+
+@app.command("import-mergekit")
+def import_mergekit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mergekit recipe.")],
+    base: Annotated[str | None, typer.Option(help="The base, if the recipe names none.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print a mergekit recipe as one of svdmerge, and what that does not say."""
+
+    def work() -> None:
+        from svdmerge.mergekit import import_mergekit as imported_from
+
+        found = imported_from(file, base=base)
+        if as_json:
+            show(as_json, found.to_json, list)
+        else:
+            typer.echo(found.to_yaml(), nl=False)  # a table's line breaks would not be YAML
 
     guard(work, verbose=verbose)
 

@@ -24,7 +24,7 @@ from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeErro
 from svdmerge.places import check_places
 from svdmerge.progress import SILENT, Progress, Recorded
 from svdmerge.recipe import Recipe, TuneConfig
-from svdmerge.report.card import model_card
+from svdmerge.report.card import CardSource, licence_in, model_card
 from svdmerge.report.run_report import RunReport, StageProgress, StageReport
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, copy_side_files
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from svdmerge.targeting import Ranking, Targeting
 
 DONE = "DONE"
+# Of a model's card: front matter comes first.
+MAX_CARD_BYTES = 1 << 20
 # Seconds between reports of a run that goes on: who looks needs no more, and stores charge by the
 # request.
 REPORT_S = 2.0
@@ -91,7 +93,6 @@ class Run:
             "decompose",
             lambda: decompose(
                 self.plan,
-                attempt=self._attempt,
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
@@ -398,9 +399,16 @@ def _side_files(
     card = model_card(
         title=out_name(plan),
         base=plan.base.reference,
+        base_licence=_licence(plan.base.folder),
         sources=[
-            (m.model, m.weight, report.kept.get(m.model, 0))
-            for m in sorted(plan.recipe.models, key=lambda m: m.model)
+            CardSource(
+                name=s.reference,
+                revision=s.revision,
+                weight=s.weight,
+                kept=report.kept.get(s.reference, 0),
+                licence=_licence(s.checkpoint.folder),
+            )
+            for s in sorted(plan.sources, key=lambda s: s.reference)
         ],
         recipe_yaml=recipe_yaml,
         summary=_summary(plan) + _chosen(report),
@@ -410,6 +418,14 @@ def _side_files(
         assemble.put_file(out, RECIPE, recipe_yaml.encode()),
         assemble.put_file(out, "README.md", card.encode()),
     ]
+
+
+def _licence(folder: Folder) -> str | None:
+    """What a model's own card states."""
+    with contextlib.suppress(FileNotFoundError):
+        text = folder.read("README.md", start=0, stop=MAX_CARD_BYTES)
+        return licence_in(text.decode(errors="replace"))
+    return None
 
 
 def _chosen(report: RunReport) -> str:

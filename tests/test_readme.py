@@ -50,7 +50,7 @@ def test_the_configuration_of_decomposable_models_is_valid() -> None:
 def test_every_command_shown_exists() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    shown = set(re.findall(r"^svdmerge (\w+)", "\n".join(blocks), flags=re.MULTILINE))
+    shown = set(re.findall(r"^svdmerge ([\w-]+)", "\n".join(blocks), flags=re.MULTILINE))
     assert shown
     assert shown <= set(commands)
 

@@ -12,6 +12,8 @@ BLOCK_SHARE = 1 / 80
 # Steps of Lanczos at most: a basis of a quarter of the rank, yet enough for small matrices. Power
 # laws of exponent 0.6 to 0.9 need six to eight.
 MIN_STEPS, BASIS_SHARE = 12, 1 / 4
+# The least where memory bounds the basis, which starts again if it must.
+MIN_STEPS_WITHIN = 10
 
 
 def block_width(rank: int) -> int:
@@ -19,12 +21,12 @@ def block_width(rank: int) -> int:
     return max(1, int(BLOCK_SHARE * rank) // WIDTH) * WIDTH
 
 
-def max_steps(rank: int, *, share: float = BASIS_SHARE) -> int:
-    """Steps of Lanczos for a basis of a share of the rank, at least MIN_STEPS."""
-    return max(MIN_STEPS, int(share * rank / block_width(rank)))
+def max_steps(rank: int) -> int:
+    """Steps of Lanczos for a basis of BASIS_SHARE of the rank, at least MIN_STEPS."""
+    return max(MIN_STEPS, int(BASIS_SHARE * rank / block_width(rank)))
 
 
 def steps_within(rank: int, *, itemsize: int) -> int:
     """Steps of Lanczos where its basis is what needs most memory: in float64 half of those in
     float32."""
-    return max_steps(rank, share=BASIS_SHARE * 4 / itemsize)
+    return max(MIN_STEPS_WITHIN, int(BASIS_SHARE * 4 / itemsize * rank / block_width(rank)))

@@ -30,6 +30,10 @@ LANCZOS_SHARE = 1 / 16
 SLOW = 0.1
 # What a block says of its solver if that finds all that is left.
 EXACT = "exact"
+# And of one that was given in factors.
+FACTORED = "factored"
+# Where either was at work no values follow, whatever was stored of the vectors.
+COMPLETE = (EXACT, FACTORED)
 
 
 def next_block(

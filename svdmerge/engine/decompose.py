@@ -71,7 +71,8 @@ def _unit(
         items=tuple(
             tasks.Item(
                 parameter=p,
-                source=source.checkpoint.tensors[p.tensor],
+                source=source.checkpoint.tensors.get(p.tensor),
+                low_rank=source.checkpoint.low_rank.get(p.tensor),
                 base=plan.base.tensors[p.tensor],
                 wanted=depth,
                 depth=plan.depth_for(p, depth),
@@ -79,7 +80,7 @@ def _unit(
             for p, depth in wanted
         ),
         solver=plan.recipe.parameters.svd,
-        block_rows=plan.block_rows(wanted[0][0]),
+        block_rows=None if source.is_factored(wanted[0][0]) else plan.block_rows(wanted[0][0]),
     )
 
 
@@ -96,7 +97,7 @@ def shortfalls(
 
 
 def decompose(
-    plan: Plan, *, attempt: str, runtime: Runtime, progress: Progress, whole: bool = False
+    plan: Plan, *, runtime: Runtime, progress: Progress, whole: bool = False
 ) -> list[Receipt]:
     """Receipts of the units that were decomposed now; those committed before are not among them.
 

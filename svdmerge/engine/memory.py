@@ -1,6 +1,6 @@
 """What tasks over a matrix that none may hold need of memory, from its shape. Imports no torch."""
 
-from svdmerge.core.block_shape import BASIS_SHARE, block_width, max_steps, steps_within
+from svdmerge.core.block_shape import block_width, steps_within
 from svdmerge.core.params import Parameter
 from svdmerge.storage.checkpoint import TILE
 
@@ -26,7 +26,7 @@ def iteration_bytes(parameter: Parameter, *, depth: int) -> int:
     m, n, rank = parameter.m, parameter.n, parameter.rank
     width = block_width(rank)
     basis = max(
-        4 * max_steps(rank, share=BASIS_SHARE), 8 * steps_within(rank, itemsize=8)
+        itemsize * steps_within(rank, itemsize=itemsize) for itemsize in (4, 8)
     ) * width * (m + n)  # fmt: skip
     iterating = basis + depth * (8 * (m + n) + 16 * n) + 32 * width * (m + n)
     return max(iterating, depth * (4 * (m + n) + 32 * n))

@@ -9,7 +9,7 @@ from svdmerge.engine.plan import Plan
 
 def notices(plan: Plan) -> list[str]:
     """A line each: tensors left out, a budget that is clamped, policies that fit nothing."""
-    return [*_ignored(plan), *_clamped(plan), *_unmatched(plan)]
+    return [*_ignored(plan), *_left(plan), *_clamped(plan), *_unmatched(plan)]
 
 
 def _ignored(plan: Plan) -> Iterator[str]:
@@ -18,6 +18,16 @@ def _ignored(plan: Plan) -> Iterator[str]:
             yield (
                 f"{s.reference}: {len(s.ignored)} tensors that the base lacks are left out, "
                 f"first {s.ignored[0]}"
+            )
+
+
+def _left(plan: Plan) -> Iterator[str]:
+    for s in plan.sources:
+        names = [n for n in s.checkpoint.low_rank if plan.actions[n] is Action.BASE]
+        if names:
+            yield (
+                f"{s.reference}: its changes of {len(names)} tensors that stay the base's are "
+                f"left out, first {names[0]}"
             )
 
 

@@ -25,6 +25,8 @@ from svdmerge.storage.checkpoint import (
 )
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.layout import BLOCK
+from svdmerge.storage.quantised import FP8
+from svdmerge.storage.source import open_source
 
 # Source bytes of one unit of work: a few seconds of SVD, and small matrices travel together.
 UNIT_BYTES = 32 << 20
@@ -41,6 +43,12 @@ class Source:
     checkpoint: Checkpoint
     ignored: tuple[str, ...]
     """Tensors that the base does not have: they have no place in the output."""
+
+    def is_factored(self, parameter: Parameter) -> bool:
+        """Whether its difference is known by its factors alone, and no weight is read."""
+        source = self.checkpoint
+        decomposed = parameter.action is Action.DECOMPOSE
+        return decomposed and source.is_partial and parameter.tensor not in source.tensors
 
     @property
     def revision(self) -> str:
@@ -275,7 +283,8 @@ def write_bytes(plan: Plan) -> dict[str, int]:
 
 
 def _is_cast(ref: TensorRef, out_dtype: str) -> bool:
-    return ref.dtype in FLOATING and out_dtype not in ("base", TORCH_NAMES[ref.dtype])
+    same = ref.dtype not in FP8 and out_dtype in ("base", TORCH_NAMES[ref.dtype])
+    return ref.dtype in FLOATING and not same
 
 
 def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
@@ -292,9 +301,9 @@ def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
 
 def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Action]) -> Source:
     reference = model.model
-    source = open_checkpoint(reference)
+    source, unplaced = open_source(reference, base=base)
     wanted = [name for name, action in actions.items() if action is not Action.BASE]
-    missing = [name for name in wanted if name not in source.tensors]
+    missing = [n for n in wanted if n not in source.tensors and not source.is_partial]
     if missing:
         other = len(missing) > len(wanted) / 2
         raise MismatchError(
@@ -306,7 +315,8 @@ def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Actio
             if other
             else f"Add the policy {{match: {missing[0]!r}, policy: base}}, or remove the source.",
         )
-    unlike = [n for n in wanted if _kind(source.tensors[n]) != _kind(base.tensors[n])]
+    present = [n for n in wanted if n in source.tensors]
+    unlike = [n for n in present if _kind(source.tensors[n]) != _kind(base.tensors[n])]
     if unlike:
         got, expected = source.tensors[unlike[0]], base.tensors[unlike[0]]
         raise MismatchError(
@@ -319,7 +329,7 @@ def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Actio
         weight=model.weight,
         quota=model.quota,
         checkpoint=source,
-        ignored=tuple(sorted(set(source.tensors) - set(base.tensors))),
+        ignored=tuple(sorted({*unplaced, *(set(source.tensors) - set(base.tensors))})),
     )
 
 

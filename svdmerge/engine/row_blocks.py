@@ -27,7 +27,7 @@ from svdmerge.engine.row_tasks import Pass, PassReceipt, RowBlock, Survey, get_t
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.solve import known_of, stored_of, to_store
 from svdmerge.engine.tasks import DecomposeUnit, Receipt, commit_solved, load, peak_rss_bytes
-from svdmerge.errors import SolverError
+from svdmerge.errors import ResourceError, SolverError
 from svdmerge.progress import SILENT, Progress
 from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
@@ -116,12 +116,22 @@ def _gathered(scratch: Folder, names: Sequence[str]) -> dict[str, Tensor]:
 def _blocks(unit: DecomposeUnit) -> list[RowBlock]:
     item, height = unit.items[0], unit.block_rows or unit.items[0].parameter.m
     return [
-        RowBlock(
-            parameter=item.parameter, source=item.source, base=item.base, first=first,
-            stop=min(first + height, item.parameter.m),
-        )
+        _rows(unit, first, min(first + height, item.parameter.m))
         for first in range(0, item.parameter.m, height)
-    ]  # fmt: skip
+    ]
+
+
+def _rows(unit: DecomposeUnit, first: int, stop: int) -> RowBlock:
+    item = unit.items[0]
+    if item.source is None or item.low_rank is not None:
+        raise ResourceError(
+            f"{unit.reference}: {item.parameter.id}: an adapter lies on another model's matrix",
+            "It is too large for one task, and rows of the two are not read together.",
+            "Merge the adapter into its model first, or raise `resources: {max_matrix: ...}`.",
+        )
+    return RowBlock(
+        parameter=item.parameter, source=item.source, base=item.base, first=first, stop=stop
+    )
 
 
 def decompose_by_rows(
@@ -193,10 +203,7 @@ def _surveys(
             name=f"{unit.name}: survey",
             memory_bytes=survey_bytes(unit.items[0].parameter.n),
             threads=unit.threads,
-            rows=RowBlock(
-                parameter=unit.items[0].parameter, source=unit.items[0].source,
-                base=unit.items[0].base, first=0, stop=unit.items[0].parameter.m,
-            ),
+            rows=_rows(unit, 0, unit.items[0].parameter.m),
             scratch=unit.store.child(f"{folder}/{i}"),
         )
         for i, unit in enumerate(units)

@@ -48,26 +48,33 @@ class RowBlock:
         """Rows of a tile at most."""
         return min(max(1, TILE // self.parameter.n), self.stop - self.first)
 
-    def read(self) -> Iterator[tuple[bytes, bytes]]:
-        """The source's and the base's bytes, a tile of rows at a time."""
+    def read(self) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
+        """The source's and the base's bytes, a tile of rows at a time, and the element of the
+        tensors that it begins at."""
         p, height = self.parameter, self.tile_rows
         for first in range(self.first, self.stop, height):
             start, count = p.start + first * p.n, (min(first + height, self.stop) - first) * p.n
             yield (
-                self.source.read_bytes(start=start, count=count),
-                self.base.read_bytes(start=start, count=count),
+                start,
+                (
+                    self.source.read_bytes(start=start, count=count),
+                    self.base.read_bytes(start=start, count=count),
+                ),
             )
 
-    def decoded(self, source: bytes, base: bytes) -> tuple[Tensor, Tensor]:
+    def decoded(self, start: int, raw: tuple[bytes, bytes]) -> tuple[Tensor, Tensor]:
         """A tile of what `read` gave, both of (rows, n)."""
-        n = self.parameter.n
-        return self.source.decode(source).reshape(-1, n), self.base.decode(base).reshape(-1, n)
+        source, base = (
+            ref.decode(data, start=start).reshape(-1, self.parameter.n)
+            for ref, data in zip((self.source, self.base), raw, strict=True)
+        )
+        return source, base
 
     def differences(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Their difference, a tile of rows at a time, each in the place of the one before."""
         buffers = torch.empty(2, self.tile_rows, self.parameter.n, dtype=dtype)
-        for raw in self.read():
-            source, base = self.decoded(*raw)
+        for start, raw in self.read():
+            source, base = self.decoded(start, raw)
             yield delta(source, base=base, dtype=dtype, buffers=buffers[:, : len(source)])
 
 
@@ -115,17 +122,19 @@ def survey(unit: SurveyUnit) -> Survey:
         ContentError: NaN or Inf in a tensor.
     """
     digests = hashlib.sha256(), hashlib.sha256()
+    refs = unit.rows.source, unit.rows.base
 
     def tiles() -> Iterator[Tensor]:
-        for raw in unit.rows.read():
-            pair = unit.rows.decoded(*raw)
-            refs = unit.rows.source, unit.rows.base
+        for start, raw in unit.rows.read():
+            pair = unit.rows.decoded(start, raw)
             for digest, data, tensor, ref in zip(digests, raw, pair, refs, strict=True):
                 digest.update(data)
                 check_finite(tensor, ref)
             yield from delta(pair[0], base=pair[1]).split(DOUBLED)
 
     norms = squared_norms(tiles(), n=unit.rows.parameter.n)
+    for digest, ref in zip(digests, refs, strict=True):
+        digest.update(ref.scale_bytes())
     put_tensors(unit.scratch, NORMS, rows=norms.rows, columns=norms.columns)
     return Survey(
         source_sha256=digests[0].hexdigest(),

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from svdmerge.core.block_shape import WIDTH
-from svdmerge.core.blocks import EXACT, Block, exact_block, next_block
+from svdmerge.core.blocks import COMPLETE, EXACT, Block, exact_block, next_block
 from svdmerge.core.components import RankOneComponents, concatenate, flat, none
+from svdmerge.core.low_rank import factored_block
 from svdmerge.core.noise import noise_edge
 from svdmerge.core.params import Action, Parameter
 from svdmerge.storage.manifest import Committed
@@ -39,7 +40,7 @@ def known_of(committed: Committed, parameter: Parameter) -> tuple[int, int]:
     depth = committed.held(parameter.source_id)
     spectra = committed.spectra().get(parameter.source_id, [])
     # What the exact solver took over is found again from the blocks before it.
-    return min([depth, *(x.first for x in spectra if x.solver == EXACT)]), depth
+    return min([depth, *(x.first for x in spectra if x.solver in COMPLETE)]), depth
 
 
 def stored_of(committed: Committed, parameter: Parameter) -> Stored:
@@ -63,6 +64,20 @@ def solve(
     return to_store(
         found, parameter=parameter, start=stored.depth, depth=max(depth, wanted), digest=digest,
         fro=fro, noise=noise,
+    )  # fmt: skip
+
+
+def solve_low_rank(
+    up: torch.Tensor, down: torch.Tensor, *, parameter: Parameter, stored: Stored, wanted: int,
+    depth: int, digest: str,
+) -> Solved:  # fmt: skip
+    """Components after those stored of up @ down, as `solve` gives them."""
+    block = factored_block(up, down)
+    # Entries of low rank are no noise, whatever their size.
+    fro = float(torch.linalg.vector_norm(block.components.s))
+    return to_store(
+        [(0, block)], parameter=parameter, start=stored.depth, depth=max(depth, wanted),
+        digest=digest, fro=fro, noise=0.0,
     )  # fmt: skip
 
 
@@ -120,5 +135,5 @@ def _rows(p: Parameter, block: Block, first: int, *, start: int, depth: int) -> 
     """What is stored of a block that begins at `first`, if `start` components are there already."""
     kind = "svd" if p.action is Action.DECOMPOSE else "flat"
     c, skipped = block.components, max(0, start - first)
-    kept = c.slice(skipped, max(skipped, depth - first)) if block.solver == EXACT else c
+    kept = c.slice(skipped, max(skipped, depth - first)) if block.solver in COMPLETE else c
     return Rows(parameter=p.source_id, kind=kind, first=first + skipped, components=kept)

@@ -17,9 +17,10 @@ from svdmerge.core.components import RankOneComponents, flat, none
 from svdmerge.core.delta import all_finite, delta
 from svdmerge.core.methods.merging import Merging, Part
 from svdmerge.core.params import Action, Parameter
-from svdmerge.engine.solve import Solved, Stored, solve, stored_of
+from svdmerge.engine.solve import Solved, Stored, solve, solve_low_rank, stored_of
 from svdmerge.errors import ContentError, SolverError
 from svdmerge.storage import layout
+from svdmerge.storage.adapter import LowRank
 from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
@@ -45,10 +46,26 @@ class Item:
     """A matrix of one source to decompose: `wanted` components for now, `depth` at most ever."""
 
     parameter: Parameter
-    source: TensorRef
+    source: TensorRef | None
+    """Its tensor; None if that is the base's, as in adapters."""
     base: TensorRef
     wanted: int
     depth: int
+    low_rank: LowRank | None = None
+    """What comes on top of the difference."""
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the difference is known by its factors alone."""
+        factored = self.source is None and self.low_rank is not None
+        return factored and self.parameter.action is Action.DECOMPOSE
+
+    @property
+    def nbytes(self) -> int:
+        """What is read."""
+        pair = () if self.source is None else (self.source, self.base)
+        dense = self.parameter.numel * sum(ITEM_BYTES[ref.dtype] for ref in pair)
+        return dense + (self.low_rank.nbytes if self.low_rank else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +105,7 @@ def decompose(unit: DecomposeUnit) -> Receipt:
     return Receipt(
         name=unit.name,
         num_matrices=len(unit.items),
-        bytes_read=sum(
-            i.parameter.numel * (ITEM_BYTES[i.source.dtype] + ITEM_BYTES[i.base.dtype])
-            for i in unit.items
-        ),
+        bytes_read=sum(i.nbytes for i in unit.items),
         bytes_stored=commit.shard.size,
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
@@ -119,35 +133,31 @@ def commit_solved(
 def _decomposed(
     unit: DecomposeUnit, item: Item, before: Committed | None
 ) -> tuple[Solved | None, Covered]:
-    """What is found of one matrix and what that covers; nothing, if it must be the base's."""
+    """What is found of one matrix, nothing if it is or must be the base's, and what that covers."""
     p = item.parameter
-    source, base = _read(item.source, p), _read(item.base, p)
-    digest = hashlib.sha256(source).hexdigest()
-    solved = None
-    if p.action is Action.EQUAL:
-        _check_equal(unit, item, source == base)
-    else:
-        solved = _solved(unit, item, _delta(item, source, base), digest, before)
+    found, digest, base_digest = _read(unit, item)
+    solved = _solved(unit, item, found, digest, before) if found else None
     covered = Covered(
         parameter=p.source_id,
         first=unit.first,
         depth=solved.depth if solved else item.depth,
         source_sha256=digest,
-        base_sha256=hashlib.sha256(base).hexdigest(),
+        base_sha256=base_digest,
     )
     return solved, covered
 
 
 def _solved(
-    unit: DecomposeUnit, item: Item, d: torch.Tensor, digest: str, before: Committed | None
-) -> Solved:
+    unit: DecomposeUnit, item: Item, found: tuple[torch.Tensor, ...], digest: str,
+    before: Committed | None,
+) -> Solved:  # fmt: skip
     p = item.parameter
     stored = stored_of(before, p) if before else Stored(blocks=none(p.m, p.n))
+    depths = {"stored": stored, "wanted": item.wanted, "depth": item.depth}
     try:
-        return solve(
-            d, parameter=p, stored=stored, wanted=item.wanted, depth=item.depth,
-            solver=unit.solver, digest=digest,
-        )  # fmt: skip
+        if item.is_factored:
+            return solve_low_rank(*found, parameter=p, digest=digest, **depths)
+        return solve(*found, parameter=p, digest=digest, solver=unit.solver, **depths)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise SolverError(
             f"{unit.reference}: {p.id}: the SVD did not converge", str(error)
@@ -160,25 +170,46 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
-def _read(ref: TensorRef, parameter: Parameter) -> bytes:
-    return ref.read_bytes(start=parameter.start, count=parameter.numel)
+def _read(unit: DecomposeUnit, item: Item) -> tuple[tuple[torch.Tensor, ...], str, str]:
+    """A matrix's difference, or its factors, or nothing if the source is the base there; and
+    sha256 of what was read of the source, and of the base."""
+    p, source, base = item.parameter, b"", b""
+    digests = [hashlib.sha256(b"").hexdigest(), ""]
+    difference: tuple[torch.Tensor, ...] = ()
+    if item.source is not None:
+        source, base = (
+            ref.read_bytes(start=p.start, count=p.numel) for ref in (item.source, item.base)
+        )
+        digests = [item.source.digest(source), item.base.digest(base)]
+        if p.action is Action.EQUAL:
+            _check_equal(unit, item.source, source == base)
+            return (), digests[0], digests[1]
+        difference = (_delta(p, (item.source, source), (item.base, base)),)
+    if item.low_rank is not None:
+        up, down, digest = item.low_rank.read()
+        if item.is_factored:
+            return (up, down), digest, ""
+        product = (up @ down).reshape(p.m, p.n)
+        difference = (product + difference[0] if difference else product,)
+        digests[0] = hashlib.sha256(f"{digests[0]} {digest}".encode()).hexdigest()
+    return difference, digests[0], digests[1]
 
 
-def _check_equal(unit: DecomposeUnit, item: Item, same: bool) -> None:
+def _check_equal(unit: DecomposeUnit, ref: TensorRef, same: bool) -> None:
     if not same:
         raise ContentError(
-            f"{unit.reference}: {item.parameter.tensor} differs from the base's",
-            f"It is {item.source.dtype}: integers cannot be merged.",
+            f"{unit.reference}: {ref.name} differs from the base's",
+            f"It is {ref.dtype}: integers cannot be merged.",
             "Give it `policy: base` to keep the base's, or remove the source.",
         )
 
 
-def _delta(item: Item, source: bytes, base: bytes) -> torch.Tensor:
-    shape = (item.parameter.m, item.parameter.n)
-    tensors = item.source.decode(source).reshape(shape), item.base.decode(base).reshape(shape)
-    for tensor, ref in zip(tensors, (item.source, item.base), strict=True):
+def _delta(p: Parameter, *pairs: tuple[TensorRef, bytes]) -> torch.Tensor:
+    """Source less base."""
+    source, base = (ref.decode(data, start=p.start).reshape(p.m, p.n) for ref, data in pairs)
+    for tensor, (ref, _) in zip((source, base), pairs, strict=True):
         check_finite(tensor, ref)
-    return delta(tensors[0], base=tensors[1])
+    return delta(source, base=base)
 
 
 def check_finite(tensor: torch.Tensor, ref: TensorRef) -> None:

@@ -1,47 +1,85 @@
 """The model card of a merge, in the Hub's conventions."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import yaml
 
+from svdmerge.report.licence import UNKNOWN, combined
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardSource:
+    """A source, as a card's table has it."""
+
+    name: str
+    revision: str
+    weight: float
+    kept: int
+    """Components."""
+    licence: str | None
+
 
 def model_card(
-    *, title: str, base: str, sources: Sequence[tuple[str, float, int]], recipe_yaml: str,
-    summary: str,
+    *, title: str, base: str, base_licence: str | None, sources: Sequence[CardSource],
+    recipe_yaml: str, summary: str,
 ) -> str:  # fmt: skip
-    """A README.md: front matter, what was merged, how much was kept of each source, the recipe.
-
-    `sources`: reference, weight, components kept.
-    """
+    """A README.md: front matter, what was merged, how much was kept of each source, the recipe."""
+    licence, why = combined({base: base_licence} | {s.name: s.licence for s in sources})
     front = yaml.safe_dump(
         {
-            "base_model": [base, *(name for name, _, _ in sources)],
+            "base_model": [base, *(s.name for s in sources)],
             "base_model_relation": "merge",
             "library_name": "transformers",
             "tags": ["merge", "svdmerge"],
-        },
+        }
+        | _licence_fields(licence),
         sort_keys=False,
         allow_unicode=True,
     )
-    rows = "\n".join(f"| {escape(name)} | {w:g} | {kept} |" for name, w, kept in sources)
+    rows = "\n".join(
+        f"| {escape(s.name)} | {s.revision[:12]} | {escape(s.licence or UNKNOWN)} "
+        f"| {s.weight:g} | {s.kept} |"
+        for s in sources
+    )
     return f"""---
 {front}---
 # {escape(title)}
 
 {summary}
 
-| source | weight | components kept |
-|---|---|---|
+| source | revision | licence | weight | components kept |
+|---|---|---|---|---|
 {rows}
 
-Base: {escape(base)}. Each kept component's source is in `provenance/components.parquet`.
+Base: {escape(base)} ({escape(base_licence or UNKNOWN)}). Licence: {escape(licence)}, {escape(why)}.
+Each kept component's source is in `provenance/components.parquet`.
 
 ## Recipe
 
 ```yaml
 {recipe_yaml.replace("```", "'''")}```
 """
+
+
+def _licence_fields(licence: str) -> dict[str, str]:
+    # The hub knows no `unknown`: what cannot be established is named so beside its `other`.
+    return {"license": licence} if licence != UNKNOWN else {
+        "license": "other", "license_name": UNKNOWN
+    }  # fmt: skip
+
+
+def licence_in(card: str) -> str | None:
+    """The licence that a model card's front matter states; None if it states none."""
+    match = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    try:
+        front: Any = yaml.safe_load(match[1]) if match else None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return None
+    stated = cast(Mapping[str, Any], front).get("license") if isinstance(front, dict) else None
+    return stated.lower() if isinstance(stated, str) and stated else None
 
 
 def escape(text: str) -> str:

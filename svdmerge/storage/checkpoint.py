@@ -7,15 +7,19 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from svdmerge.errors import CheckpointError
 from svdmerge.storage.filesystem import FileStat, Folder
+from svdmerge.storage.model_ref import parse_reference, pinned
+from svdmerge.storage.quantised import FP8, Scale, dequantised, scaled
 
 if TYPE_CHECKING:
     import torch
+
+    from svdmerge.storage.adapter import LowRank
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's own limit on headers.
@@ -24,11 +28,13 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_NAME = 255
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1,
 }  # fmt: skip
-FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+FLOATING = frozenset({"F64", "F32", "F16", "BF16"}) | FP8
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
 }  # fmt: skip
@@ -53,6 +59,8 @@ class TensorRef:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    scale: Scale | None = None
+    """Of FP8 weights: what they are multiplied by."""
 
     @property
     def numel(self) -> int:
@@ -79,23 +87,30 @@ class TensorRef:
                 "Run the same command again; the new content is another revision.",
             )
         begin = self.offset + start * item
-        data = self.folder.read(self.file, start=begin, stop=begin + size) if size else b""
-        if len(data) != size:
-            raise CheckpointError(
-                f"{self.folder.uri}/{self.file}: {self.name} ended early",
-                f"Got {len(data)} bytes, expected {size}.",
-                "Fetch the checkpoint again.",
-            )
-        return data
+        return self.folder.read_exactly(self.file, start=begin, count=size) if size else b""
 
-    def decode(self, data: bytes) -> "torch.Tensor":
-        """A flat tensor of stored bytes."""
+    def decode(self, data: bytes, *, start: int = 0) -> "torch.Tensor":
+        """A flat tensor of stored bytes, of elements from `start` on; FP8 in float32."""
         import torch
 
         dtype = getattr(torch, TORCH_NAMES[self.dtype])
-        if not data:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(bytearray(data), dtype=dtype)
+        # frombuffer takes no empty buffer.
+        values = (
+            torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0).to(dtype)
+        )
+        if self.scale is not None:
+            return dequantised(values, self.scale, shape=self.shape, start=start)
+        return values.to(torch.float32) if self.dtype in FP8 else values
+
+    def digest(self, data: bytes) -> str:
+        """sha256 of what the values of stored bytes depend on."""
+        digest = hashlib.sha256(data)
+        digest.update(self.scale_bytes())
+        return digest.hexdigest()
+
+    def scale_bytes(self) -> bytes:
+        """What stored values are multiplied by, as stored; nothing if they are not."""
+        return self.scale.ref.read_bytes() if self.scale is not None else b""
 
     def read(self) -> "torch.Tensor":
         """The whole tensor."""
@@ -111,6 +126,10 @@ class Checkpoint:
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any]
     revision: str
+    low_rank: "Mapping[str, LowRank]" = field(default_factory=dict[str, "LowRank"])
+    """Of an adapter: differences that come on top of the tensors, by name."""
+    is_partial: bool = False
+    """Whether a tensor that is not there is the base's: so it is in adapters."""
 
     @property
     def nbytes(self) -> int:
@@ -125,12 +144,12 @@ class Checkpoint:
 
 
 def open_checkpoint(reference: str) -> Checkpoint:
-    """The checkpoint at a folder, a single safetensors file, or an fsspec URI of either.
+    """The checkpoint at a folder, a single safetensors file, an fsspec URI of either, or a hub id.
 
     Raises:
         CheckpointError: nothing is there, it is a pickle, or a header or index is malformed.
     """
-    folder = Folder.at(reference)
+    folder = Folder.at(pinned(parse_reference(reference).model))
     if folder.uri.endswith(PICKLES):
         raise _pickle(reference)
     if folder.stat() is not None:
@@ -144,18 +163,20 @@ def open_checkpoint(reference: str) -> Checkpoint:
         # Archives and images normalise times: two fine-tunes may agree in all but their place.
         digest.update(folder.uri.encode())
     for file in sorted(files):
-        found, header, stat = _read_header(folder, file)
+        found, header, stat = read_header(folder, file)
         if twice := sorted(set(found) & set(tensors)):
             raise CheckpointError(
                 f"{folder.uri}/{file}: {twice[0]} stands in another file of the model too"
             )
         tensors |= found
         digest.update(f"{file}\0{stat.size}\0{stat.version}\0{header}\0".encode())
+    config = _config(folder)
+    tensors = scaled(tensors, config=config, place=folder.uri)
     return Checkpoint(
         reference=reference,
         folder=folder,
         tensors=dict(sorted(tensors.items())),
-        config=_config(folder),
+        config=config,
         revision=digest.hexdigest()[:32],
     )
 
@@ -216,7 +237,7 @@ def _indexed(folder: Folder) -> list[str]:
                 "An index may only name files beside it.",
                 "Do not use this checkpoint unless you know who wrote it.",
             )
-    found = {name for file in files for name in _read_header(folder, file)[0]}
+    found = {name for file in files for name in read_header(folder, file)[0]}
     if missing := sorted(set(weight_map) - found):
         raise CheckpointError(
             f"{place}: names {missing[0]}, which is in none of its files",
@@ -226,20 +247,20 @@ def _indexed(folder: Folder) -> list[str]:
     return sorted(files)
 
 
-def _read_header(folder: Folder, file: str) -> tuple[dict[str, TensorRef], str, FileStat]:
+def read_header(folder: Folder, file: str) -> tuple[dict[str, TensorRef], str, FileStat]:
     """A file's tensors, its header's sha256, and its version."""
     place = f"{folder.uri}/{file}"
     stat = folder.stat(file)
     if stat is None:
         raise CheckpointError(f"{place}: missing", "The index names it.", "Fetch it.")
-    length = int.from_bytes(folder.read(file, start=0, stop=min(8, stat.size)), "little")
+    length = int.from_bytes(folder.read_exactly(file, start=0, count=min(8, stat.size)), "little")
     if stat.size < 8 or length > min(MAX_HEADER_BYTES, stat.size - 8):
         raise CheckpointError(
             f"{place}: not a safetensors file",
             f"Its header claims {length} bytes; the file has {stat.size}.",
             "Fetch it again; it may be truncated.",
         )
-    data = folder.read(file, start=8, stop=8 + length)
+    data = folder.read_exactly(file, start=8, count=length)
     try:
         header = json.loads(data)
         entries = {k: v for k, v in header.items() if k != "__metadata__"}

@@ -11,11 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from svdmerge.errors import RetryableError, StoreError, SvdmergeError
 
 # s3fs caches listings per process; a store is written by many.
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
+# The hub's files read ahead megabytes, which a range is not to.
+_READING: dict[str, dict[str, Any]] = {"hf": {"cache_type": "none"}}
+
+# One request in twenty may fail and a run still makes thousands: six tries leave 2e-8 of them. The
+# last pause is two to three seconds, of the order of a store's own advice to slow down; what lasts
+# longer is for the unit's own retries.
+_again = retry(
+    retry=retry_if_exception_type(RetryableError),
+    stop=stop_after_attempt(6),
+    wait=wait_exponential_jitter(initial=0.1, max=5.0, jitter=0.1),
+    reraise=True,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +102,7 @@ class Folder:
         root = self._open()[1].rstrip("/")
         return f"{root}/{relative}" if relative else root
 
+    @_again
     def stat(self, relative: str = "") -> FileStat | None:
         """Size and version of a file; None if there is no such file."""
         try:
@@ -105,10 +119,13 @@ class Folder:
             version = next((str(info[k]) for k in keys if info.get(k)), "")
         return FileStat(size=int(info["size"]), version=version)
 
+    @_again
     def exists(self, relative: str = "") -> bool:
         """Whether a file or folder is there."""
-        return bool(self.fs.exists(self.path(relative)))
+        with _reading(self, relative):
+            return bool(self.fs.exists(self.path(relative)))
 
+    @_again
     def names(self) -> list[str]:
         """Names of the files and folders directly below; empty if the folder is missing."""
         try:
@@ -118,6 +135,7 @@ class Folder:
             return []
         return sorted(str(p).rstrip("/").rsplit("/", 1)[-1] for p in found)
 
+    @_again
     def find(self, relative: str = "") -> dict[str, int]:
         """Sizes of all files below, by path relative to this folder."""
         root = self.path() + "/"
@@ -128,16 +146,44 @@ class Folder:
             return {}
         return {p.removeprefix(root): int(i["size"]) for p, i in sorted(found.items())}
 
+    @_again
     def read(self, relative: str, *, start: int | None = None, stop: int | None = None) -> bytes:
-        """A file's bytes, or those of a range.
+        """A file's bytes, or those of a range; fewer only where the file ends.
 
         Raises:
             FileNotFoundError: there is no such file.
             StoreError: it cannot be read; RetryableError, if another try may help.
         """
+        if not self.is_local:  # a body cut short must not pass for a file
+            return self._read_network(relative, start=start or 0, stop=stop)
         with _reading(self, relative):
             return self.fs.cat_file(self.path(relative), start=start, end=stop)
 
+    def _read_network(self, relative: str, *, start: int, stop: int | None) -> bytes:
+        stat = self.stat(relative)
+        if stat is None:
+            raise FileNotFoundError(f"{self.uri}/{relative}")
+        end = stat.size if stop is None else min(stop, stat.size)
+        return self.read_exactly(relative, start=start, count=end - start) if end > start else b""
+
+    @_again
+    def read_exactly(self, relative: str, *, start: int, count: int) -> bytes:
+        """So many bytes of a file from one on. Raises: as `read`, and if there are fewer."""
+        with _reading(self, relative):
+            options = _READING.get(_protocol(self.uri), {})
+            path, end = self.path(relative), start + count
+            data: bytes = self.fs.cat_file(path, start=start, end=end, **options)
+        if len(data) != count:
+            # A connection that broke is told so by few filesystems; a file cut short stays so.
+            kind = StoreError if self.is_local else RetryableError
+            raise kind(
+                f"{self.uri}/{relative}: ended early",
+                f"Got {len(data)} bytes from byte {start} on, expected {count}.",
+                "Check the file, and fetch it again.",
+            )
+        return data
+
+    @_again
     def put(self, relative: str, data: bytes) -> None:
         """Write a file whole; an older one is replaced."""
         if self.is_local:
@@ -176,6 +222,7 @@ class Folder:
                 _sync(out)
                 temporary.replace(target)
 
+    @_again
     def put_once(self, relative: str, data: bytes) -> bool:
         """Write a file unless one is there; whether this call wrote it."""
         with _told(self, relative):
@@ -198,6 +245,7 @@ class Folder:
                 raise
             return True
 
+    @_again
     def remove(self, relative: str = "") -> None:
         """Delete a file or folder, if it is there. Names are names: no pattern is expanded."""
         with _told(self, relative):
@@ -216,15 +264,18 @@ class Folder:
         self.remove(probe)
 
     def _open(self) -> tuple[Any, str]:
-        protocol = self.uri.split("://", 1)[0] if "://" in self.uri else "file"
         try:
-            return fsspec.url_to_fs(self.uri, **_OPTIONS.get(protocol, {}))
+            return fsspec.url_to_fs(self.uri, **_OPTIONS.get(_protocol(self.uri), {}))
         except (ImportError, ValueError) as error:
             raise StoreError(f"{self.uri}: cannot be opened", str(error)) from None
         except Exception as error:  # the hub is asked already here: see _reading
             raise RetryableError(
                 f"{self.uri}: cannot be opened", _named(error), "Check the address and the network."
             ) from error
+
+
+def _protocol(uri: str) -> str:
+    return uri.split("://", 1)[0] if "://" in uri else "file"
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

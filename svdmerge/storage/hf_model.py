@@ -26,6 +26,7 @@ from svdmerge.storage.checkpoint import (
 )
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.manifest import Committed
+from svdmerge.storage.quantised import FP8
 
 MANIFEST = "svdmerge_manifest.json"
 RECIPE = "svdmerge_recipe.yml"
@@ -73,11 +74,18 @@ def output_tensors(
     return [
         OutputTensor(
             base=ref,
-            dtype=DTYPES.get(out_dtype, ref.dtype) if ref.dtype in FLOATING else ref.dtype,
+            dtype=_written_as(ref, out_dtype),
             matrices=tuple(by_tensor.get(name, ())),
         )
         for name, ref in base.tensors.items()
     ]
+
+
+def _written_as(ref: TensorRef, out_dtype: str) -> str:
+    if ref.dtype not in FLOATING:
+        return ref.dtype
+    # FP8 would need scales of its own: merged weights are written without.
+    return DTYPES.get(out_dtype, "BF16" if ref.dtype in FP8 else ref.dtype)
 
 
 def split(tensors: Sequence[OutputTensor], *, max_bytes: int) -> dict[str, list[OutputTensor]]:
@@ -234,9 +242,17 @@ def copy_side_files(base: Checkpoint, out: Folder) -> list[str]:
     for name in names:
         stat = base.folder.stat(name)
         if stat is not None and stat.size <= MAX_SIDE_FILE_BYTES:
-            out.put(name, base.folder.read(name))
+            out.put(name, _unquantised(base) if name == "config.json" else base.folder.read(name))
             copied.append(name)
     return copied
+
+
+def _unquantised(base: Checkpoint) -> bytes:
+    """The base's configuration, without a quantisation that the output does not have."""
+    if "quantization_config" not in base.config:
+        return base.folder.read("config.json")
+    config = {k: v for k, v in base.config.items() if k != "quantization_config"}
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _module_folders(base: Checkpoint) -> list[str]:

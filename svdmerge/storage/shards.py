@@ -109,7 +109,8 @@ def read_blocks(
         return
     start = min(b.offset for b in blocks)
     try:
-        data = folder.read(path, start=start, stop=max(b.offset + b.size for b in blocks))
+        end = max(b.offset + b.size for b in blocks)
+        data = folder.read_exactly(path, start=start, count=end - start)
     except FileNotFoundError:
         raise _damaged(folder, path, "missing") from None
     for block in blocks:

@@ -1,15 +1,24 @@
 """The model card: conventions of the Hub, and sources' words that stay words."""
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdmerge.report.card import escape, model_card
+from svdmerge.report.card import CardSource, escape, licence_in, model_card
+
+
+def source(name: str, **changes: object) -> CardSource:
+    fields: dict[str, object] = {
+        "name": name, "revision": "abcdef0123456789", "weight": 1.0, "kept": 12, "licence": "mit",
+    }  # fmt: skip
+    return CardSource(**(fields | changes))  # type: ignore[arg-type]
 
 
 def card(**changes: object) -> str:
     fields: dict[str, object] = {
-        "title": "merged", "base": "org/base", "sources": [("org/ft-a", 1.0, 12), ("b", 0.5, 3)],
+        "title": "merged", "base": "org/base", "base_licence": "mit",
+        "sources": [source("org/ft-a"), source("b", weight=0.5, kept=3, licence="apache-2.0")],
         "recipe_yaml": "merge_method: axis\n", "summary": "An AXIS merge.",
     }  # fmt: skip
     return model_card(**(fields | changes))  # type: ignore[arg-type]
@@ -23,14 +32,14 @@ def test_the_front_matter_says_what_was_merged() -> None:
 
 
 def test_every_source_has_a_row_with_weight_and_components() -> None:
-    assert "| org/ft-a | 1 | 12 |" in card()
-    assert "| b | 0.5 | 3 |" in card()
+    assert "| org/ft-a | abcdef012345 | mit | 1 | 12 |" in card()
+    assert "| b | abcdef012345 | apache-2.0 | 0.5 | 3 |" in card()
     assert "```yaml\nmerge_method: axis\n```" in card()
 
 
 def test_a_sources_name_is_never_markup() -> None:
     hostile = "<script>alert(1)</script> | x | [click](http://evil)\n# Title `code`"
-    made = card(sources=[(hostile, 1.0, 1)], title=hostile)
+    made = card(sources=[source(hostile, licence=hostile)], title=hostile)
     body = made.split("---", 2)[2]
     assert "<script>" not in body
     assert "[click](" not in body
@@ -41,6 +50,33 @@ def test_a_sources_name_is_never_markup() -> None:
 def test_a_recipe_cannot_close_its_own_block() -> None:
     made = card(recipe_yaml="out: '```'\n")
     assert made.count("```") == 2
+
+
+def test_the_licence_is_that_of_the_models_together() -> None:
+    front = yaml.safe_load(card().split("---")[1])
+    assert front["license"] == "apache-2.0"
+    unknown = yaml.safe_load(card(base_licence=None).split("---")[1])
+    assert (unknown["license"], unknown["license_name"]) == ("other", "unknown")
+    assert "org/base states no licence" in card(base_licence=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: MIT\n---\n# x", "mit"),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\n[1, 2\n---\n", None),
+        ("---\n- a\n---\n", None),
+        ("# no front matter\nlicense: mit", None),
+        ("", None),
+    ],
+)
+def test_a_models_own_card_states_its_licence(text: str, licence: str | None) -> None:
+    assert licence_in(text) == licence
+
+
+def test_a_card_of_ours_states_its_licence_too() -> None:
+    assert licence_in(card()) == "apache-2.0"
 
 
 @given(st.text())

@@ -49,7 +49,7 @@ def test_the_stored_report_says_how_far_a_run_is_and_no_more_once_it_is_done(
     assert all(told["status"] == "running" for told in watcher.seen)
     steps = [tuple(told["progress"].values()) for told in watcher.seen]
     num = len(bench.sources)
-    assert steps[0] == ("decompose", 0, num)
+    assert ("decompose", 0, num) in steps
     assert ("decompose", num, num) in steps
     assert steps[-1][0] == "write"
     assert [s["name"] for s in watcher.seen[-1]["stages"]] == ["decompose", "select", "merge"]

@@ -23,6 +23,7 @@ from svdmerge.storage.checkpoint import (
     open_checkpoint,
 )
 from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.quantised import FP8
 
 
 def frame(header: object, data: bytes = b"") -> bytes:
@@ -94,7 +95,8 @@ def test_a_model_is_read_as_safetensors_own_reader_reads_it(tmp_path: Path, shar
     )
 
 
-DTYPES = [getattr(torch, name) for name in TORCH_NAMES.values()]
+# FP8 is read in float32: see test_quantised.
+DTYPES = [getattr(torch, name) for key, name in TORCH_NAMES.items() if key not in FP8]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -375,7 +377,7 @@ def test_a_flipped_bit_of_a_header_is_read_or_refused(tmp_path: Path, place: int
     assert sum(t.nbytes for t in checkpoint.tensors.values()) == 8
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4", "I128", "", "f32"])
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "I128", "", "f32"])
 def test_a_dtype_that_is_not_known_is_named_with_its_tensor(tmp_path: Path, dtype: str) -> None:
     text = refusal(put(tmp_path, frame({"layer.weight": entry(dtype=dtype)}, bytes(8))))
     assert f"layer.weight: dtype {dtype}" in text

@@ -1,0 +1,334 @@
+"""LoRA adapters as differences of a base's tensors, still in factors; headers only.
+
+Read are PEFT's layout and the key styles of kohya's and diffusers' trainers. What an adapter holds
+that is no low-rank difference (DoRA's magnitudes, LoHa, LoKr, trained tokens) is refused by name.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from svdmerge.errors import CheckpointError, ContentError
+from svdmerge.storage.adapter_names import LOW_RANK, Half, half_of, kohya_module, resolve
+from svdmerge.storage.checkpoint import TensorRef, read_header
+from svdmerge.storage.filesystem import Folder
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MERGE = "Merge it into its base (`merge_and_unload().save_pretrained(...)`) and list that model."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """A tensor's difference: scale * up @ down, or scale * up where there is no down."""
+
+    tensor: str
+    """The base's tensor."""
+    up: TensorRef
+    """B, (m, rank), of kernels (m, rank, 1, 1); without `down` the difference itself."""
+    down: TensorRef | None
+    """A, (rank, n), of kernels (rank, in, h, w)."""
+    scale: float
+    """Strength without `alpha`, else what alpha is multiplied by."""
+    alpha: TensorRef | None = None
+    """A stored scalar that multiplies the scale."""
+    transposed: bool = False
+    """Whether the base stores this layer as (in, out)."""
+
+    @property
+    def rank(self) -> int:
+        """Components at most."""
+        return self.down.shape[0] if self.down else 1
+
+    @property
+    def nbytes(self) -> int:
+        """What is read."""
+        return sum(ref.nbytes for ref in self.refs)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All that is read, in a fixed order."""
+        return tuple(ref for ref in (self.up, self.down, self.alpha) if ref is not None)
+
+    def read(self) -> "tuple[torch.Tensor, torch.Tensor, str]":
+        """Up (m, rank), with all scales in it, and down (rank, n), in float64 and as the base
+        stores the matrix, (1, n) if it is a vector; and sha256 of all that they depend on.
+
+        Raises:
+            ContentError: NaN or Inf in a factor.
+        """
+        import torch
+
+        digest = hashlib.sha256(f"{self.scale!r} {self.transposed}".encode())
+        read: dict[str, torch.Tensor] = {}
+        for ref in self.refs:
+            data = ref.read_bytes()
+            digest.update(data)
+            read[ref.name] = ref.decode(data).reshape(ref.shape).to(torch.float64)
+            if not torch.isfinite(read[ref.name]).all():
+                raise ContentError(
+                    f"{ref.folder.uri}/{ref.file}: {ref.name} holds NaN or Inf",
+                    "Nothing of this unit was published.",
+                    "Remove or repair the adapter.",
+                )
+        scale = self.scale * (float(read[self.alpha.name]) if self.alpha else 1.0)
+        up = read[self.up.name]
+        if self.down is None:
+            return torch.full((1, 1), scale, dtype=up.dtype), up.reshape(1, -1), digest.hexdigest()
+        up = scale * up.reshape(up.shape[:2])
+        down = read[self.down.name].reshape(self.rank, -1)
+        pair = (down.T, up.T) if self.transposed else (up, down)
+        return *pair, digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter's differences and the tensors that it replaces whole, by the base's names."""
+
+    low_rank: Mapping[str, LowRank]
+    whole: Mapping[str, TensorRef]
+    unplaced: tuple[str, ...]
+    """What it saved whole for modules that the base does not have, such as a head."""
+    digest: str
+    """What its immutable revision follows from."""
+
+
+def adapter_file(place: Folder) -> tuple[Folder, str] | None:
+    """Folder and weights file of an adapter at a place; None if what lies there is none.
+
+    A place is a folder, PEFT's or one with a trainer's only file, or such a file.
+    """
+    names = place.names()
+    if place.stat() is None and CONFIG in names:
+        if WEIGHTS in names:
+            return place, WEIGHTS
+        raise CheckpointError(
+            f"{place.uri}: has {CONFIG} and no {WEIGHTS}",
+            "Only adapters in safetensors are read." if "adapter_model.bin" in names else "",
+            "Save it again with `save_pretrained(folder, safe_serialization=True)`.",
+        )
+    if place.stat() is not None:
+        folder, names = place.parent, [place.name]
+    else:
+        folder, names = place, [n for n in names if n.endswith(".safetensors")]
+    if len(names) != 1 or not names[0].endswith(".safetensors"):
+        return None
+    tensors, _, _ = read_header(folder, names[0])
+    halves = {half_of(name)[1] for name in tensors}
+    return (folder, names[0]) if halves & LOW_RANK else None
+
+
+def open_adapter(folder: Folder, file: str, *, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+    """The adapter in a file, for a base with tensors of these shapes.
+
+    Raises:
+        CheckpointError: half of a pair is missing, ranks contradict each other or the
+            configuration, a layer is none of the base's, or it is no LoRA.
+    """
+    tensors, header, stat = read_header(folder, file)
+    config = _config(folder) if folder.stat(CONFIG) is not None else None
+    place = f"{folder.uri}/{file}"
+    pairs: dict[str, dict[Half, TensorRef]] = {}
+    whole: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        module, half = half_of(name)
+        if half is Half.FOREIGN:
+            _refuse(place, name)
+        elif half is Half.WHOLE:
+            whole[module] = ref
+        else:
+            pairs.setdefault(module, {})[half] = ref
+    if not pairs:
+        raise CheckpointError(f"{place}: holds no LoRA layer", "", "Check the path.")
+    found = [
+        delta
+        for module, parts in sorted(pairs.items())
+        for delta in _deltas(place, module, parts, config=config, shapes=shapes)
+    ]
+    low_rank = {delta.tensor: delta for delta in _oriented(place, found, shapes, config)}
+    if len(low_rank) < len(found):
+        raise CheckpointError(f"{place}: two of its layers belong to one tensor of the base")
+    placed = {name: resolve(name, shapes) for name in whole}
+    for name, tensor in placed.items():
+        if tensor and whole[name].shape != shapes[tensor]:
+            raise CheckpointError(
+                f"{place}: {name} is {list(whole[name].shape)}",
+                f"Expected {list(shapes[tensor])}, as the base's {tensor}.",
+                "Check that the adapter is of this base.",
+            )
+    return Adapter(
+        low_rank=low_rank,
+        whole={tensor: whole[name] for name, tensor in placed.items() if tensor},
+        unplaced=tuple(sorted(name for name, tensor in placed.items() if not tensor)),
+        # As of checkpoints: places matter where versions are times.
+        digest="\0".join(
+            [
+                folder.uri if folder.is_local else "",
+                str(stat.size),
+                stat.version,
+                header,
+                json.dumps(config, sort_keys=True),
+            ]
+        ),
+    )
+
+
+def _refuse(place: str, name: str) -> NoReturn:
+    raise CheckpointError(
+        f"{place}: {name} is no part of a LoRA",
+        "DoRA, LoHa, LoKr, trained tokens and the like are no low-rank differences.",
+        _MERGE,
+    )
+
+
+def _config(folder: Folder) -> dict[str, Any]:
+    place = f"{folder.uri}/{CONFIG}"
+    try:
+        config = json.loads(folder.read(CONFIG))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{place}: not valid", str(error), "Fetch it again.") from None
+    config = cast(dict[str, Any], config)
+    kind = str(config.get("peft_type", "LORA")).upper()
+    if kind != "LORA" or config.get("use_dora"):
+        raise CheckpointError(
+            f"{place}: is a {'DoRA' if config.get('use_dora') else kind} adapter",
+            "Only LoRA is a low-rank difference of the base.",
+            _MERGE,
+        )
+    if config.get("target_parameters"):
+        raise CheckpointError(
+            f"{place}: adapts parameters that are no layers (target_parameters)",
+            "Their factors are of stacks of experts, in a layout of their own.",
+            _MERGE,
+        )
+    return config
+
+
+def _deltas(
+    place: str,
+    module: str,
+    parts: Mapping[Half, TensorRef],
+    *,
+    config: Mapping[str, Any] | None,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[LowRank]:
+    """A layer's difference, and that of its bias if it has one."""
+    embeds = Half.TOKENS in parts or Half.VECTORS in parts
+    halves = (Half.TOKENS, Half.VECTORS) if embeds else (Half.DOWN, Half.UP)
+    down, up = (parts.get(half) for half in halves)
+    if down is None or up is None:
+        have, lack = ("B", "A") if down is None else ("A", "B")
+        raise CheckpointError(
+            f"{place}: {module} has lora_{have} and no lora_{lack}",
+            "Half of a layer is missing.",
+            "Fetch or save the adapter again.",
+        )
+    spelt = kohya_module(module)
+    tensor = resolve(f"{spelt or module}.weight", shapes, flattened=spelt is not None)
+    if tensor is None:
+        raise CheckpointError(
+            f"{place}: {module} is no layer of the base",
+            f"Expected a tensor such as {next(iter(shapes), '')}.",
+            "Check that the adapter is of this base.",
+        )
+    if len(down.shape) < 2 or len(up.shape) < 2 or up.shape[1] != down.shape[0] or not up.shape[1]:
+        raise CheckpointError(
+            f"{place}: {module} has lora_A {list(down.shape)} and lora_B {list(up.shape)}",
+            "Their ranks differ.",
+            "Do not use this adapter unless you know who wrote it.",
+        )
+    scale = _scale(place, module, rank=down.shape[0], config=config)
+    alpha = parts.get(Half.ALPHA)
+    if alpha is not None:
+        if alpha.numel != 1:
+            raise CheckpointError(f"{place}: {module}: alpha is {list(alpha.shape)}, not a number")
+        scale = 1.0 / down.shape[0]
+    yield LowRank(
+        tensor=tensor, up=up, down=down, scale=scale, alpha=alpha, transposed=embeds
+    )  # fmt: skip
+    if (bias := parts.get(Half.BIAS)) is not None:
+        name = f"{tensor.removesuffix('.weight')}.bias"
+        if shapes.get(name) != bias.shape:
+            raise CheckpointError(
+                f"{place}: {module} adds a bias of {list(bias.shape)}",
+                f"The base has no such bias {name}.",
+                _MERGE,
+            )
+        yield LowRank(tensor=name, up=bias, down=None, scale=scale)
+
+
+def _scale(place: str, module: str, *, rank: int, config: Mapping[str, Any] | None) -> float:
+    """What PEFT multiplies B A by. Raises: CheckpointError, if the configuration lies."""
+    if config is None:
+        return 1.0
+    told = _pattern(config.get("rank_pattern"), module, config.get("r", rank))
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+    if told != rank or isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise CheckpointError(
+            f"{place}: {module} has rank {rank}",
+            f"Its {CONFIG} says rank {told} and alpha {alpha}.",
+            "Do not use this adapter unless you know who wrote it.",
+        )
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _pattern(patterns: object, module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends with, as PEFT matches them."""
+    found = cast(dict[str, Any], patterns) if isinstance(patterns, dict) else {}
+    for pattern, value in found.items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module) is not None
+        except re.error:
+            matches = module == pattern
+        if matches:
+            return value
+    return default
+
+
+def _oriented(
+    place: str,
+    found: list[LowRank],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any] | None,
+) -> Iterator[LowRank]:
+    """The differences, each with the way that the base stores its layer.
+
+    Shapes tell it but for square layers: there the others of the adapter do, for PEFT's
+    `fan_in_fan_out` is that of the last layer it made; it decides where all are square. Embeddings
+    are always the other way round.
+    """
+    ways = {d.tensor: _ways(d, shapes[d.tensor]) for d in found}
+    layers = [d.tensor for d in found if d.down is not None and not d.transposed]
+    told = {next(iter(ways[name])) for name in layers if len(ways[name]) == 1}
+    usual = told.pop() if len(told) == 1 else bool((config or {}).get("fan_in_fan_out"))
+    for delta in found:
+        fits = ways[delta.tensor]
+        if not fits:
+            up, down = delta.up.shape, delta.down.shape if delta.down else ()
+            raise CheckpointError(
+                f"{place}: {delta.tensor}: lora_A {list(down)} and lora_B {list(up)} do not fit",
+                f"The base's tensor is {list(shapes[delta.tensor])}.",
+                "Check that the adapter is of this base.",
+            )
+        way = next(iter(fits)) if len(fits) == 1 else delta.transposed or usual
+        yield replace(delta, transposed=way)
+
+
+def _ways(delta: LowRank, shape: tuple[int, ...]) -> set[bool]:
+    """Whether a layer may be stored as it is (False) or transposed (True)."""
+    if delta.down is None:
+        return {False}
+    up, down = delta.up.shape, delta.down.shape
+    ways: set[bool] = set()
+    if shape == (up[0], *down[1:]) and all(x == 1 for x in up[2:]):
+        ways.add(False)
+    if len(up) == len(down) == 2 and shape == (down[1], up[0]):
+        ways.add(True)
+    return ways
