@@ -31,11 +31,11 @@ REACH = {torch.float32: 1e-2, torch.float64: 1e-6}
 # two to four.
 SPENT = 8.0
 
-# Steps before the Ritz values, without vectors a third of a look's work, tell what is flat, and
-# before the first look at all else: little but what is of low rank has converged before.
-FLAT_STEPS, BLIND_STEPS = 3, 6
-# By how much the residuals shrink in a step, by far: so many more pass before the next look, which
-# costs more than a step on small matrices.
+# Steps before Ritz values alone, half a look's work, tell what is flat or of low rank; and before
+# the first look at all else, of which little has converged before.
+EARLY_STEPS, BLIND_STEPS = 3, 6
+# By how much residuals shrink in a step at best, on power laws and models' matrices (8 to 15): so
+# many more pass before the next look, dearer than a step on small matrices and cheaper on large.
 SHRINKS = 15.0
 # By how much at least where they do: of a matrix that is noise from some value on they stand still.
 LEAST = 1.01
@@ -98,8 +98,8 @@ def _iterate(
     while due:
         krylov.extend()
         last = krylov.spent() if krylov.steps < krylov.max_steps else [True] * num_matrices
-        flat = krylov.flat() if krylov.steps == FLAT_STEPS else [False] * num_matrices
-        now = [i for i, look in due.items() if last[i] or flat[i] or look <= krylov.steps]
+        early = krylov.early() if krylov.steps == EARLY_STEPS else [False] * num_matrices
+        now = [i for i, look in due.items() if last[i] or early[i] or look <= krylov.steps]
         for i, ritz in zip(now, krylov.look(now) if now else (), strict=True):
             more = 0 if last[i] else ritz.steps_to_go(looked.get(i))
             hopeless = ritz.is_flat() or krylov.steps + more > krylov.max_steps
@@ -208,12 +208,14 @@ class _Krylov:
             for left, squared in torch.stack([left, squared], dim=-1).reshape(-1, 2).tolist()
         ]
 
-    def flat(self) -> list[bool]:
-        """By matrix, whether the Ritz values do not fall."""
+    def early(self) -> list[bool]:
+        """By matrix, whether values alone say that a look pays already: within a block they do not
+        fall, or fall out of reach, and then the few others may have converged."""
         size = self.steps * self.width
         gram = self._gram[..., :size, :size].reshape(-1, size, size)
         values = torch.linalg.eigvalsh(gram)[:, -self.width :].tolist()
-        return [v[0] > FLAT**2 * max(v[-1], self._largest**2) for v in values]
+        shares = [v[0] / max(v[-1], self._largest**2, torch.finfo(gram.dtype).tiny) for v in values]
+        return [not REACH[gram.dtype] ** 2 <= share <= FLAT**2 for share in shares]
 
     def look(self, which: Sequence[int]) -> list[_Ritz]:
         """The leading Ritz vectors of some matrices, and how far they have converged."""
