@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from svdmerge.core.components import RankOneComponents
+from svdmerge.core.components import RankOneComponents, none
 from svdmerge.core.discriminant import DiscriminantFit, discriminant
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.inventory import take_inventory
@@ -181,10 +181,13 @@ class Problem:
         return found
 
     def components(self, source: str, matrix: str, *, stop: int | None = None) -> RankOneComponents:
-        """A source's stored components of a matrix, the leading `stop` or all."""
+        """A source's stored components of a matrix, the leading `stop` or all; none where it does
+        not differ."""
         parameter = self.parameters[matrix]
         stored = committed(self.plan.store, self.plan.base_key, self.sources[source].revision)
-        return stored.read(parameter.id, range(parameter.rank if stop is None else stop))
+        held = stored.held(parameter.id)
+        count = held if stop is None else min(stop, held)
+        return stored.read(parameter.id, range(count)) if count else none(parameter.m, parameter.n)
 
     def mixed(self, weights: Mapping[str, float]) -> Weights:
         """Base plus weighted whole differences."""

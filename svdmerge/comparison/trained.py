@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -144,9 +144,16 @@ def factors_of(problem: Problem, weights: Weights) -> dict[str, RankOneComponent
 def axis_space(problem: Problem, rows: list[int]) -> WeightSpace:
     """AXIS of all sources, the null space completed where factors lack."""
     del rows
-    weights, count = problem.axis(k=K), num_values(problem)
-    factors = with_null_space(factors_of(problem, weights), num_values=count, seed=0)
-    return sigma_merged(weights, factors=factors, num_values=count)
+    weights, factors = _axis(problem)
+    return sigma_merged(weights, factors=factors, num_values=num_values(problem))
+
+
+@lru_cache(maxsize=1)
+def _axis(problem: Problem) -> tuple[Weights, Mapping[str, RankOneComponents]]:
+    """Merged weights and their leading factors: the same for every draw."""
+    weights = problem.axis(k=K)
+    factors = factors_of(problem, weights)
+    return weights, with_null_space(factors, num_values=num_values(problem), seed=0)
 
 
 def source_space(problem: Problem, rows: list[int]) -> WeightSpace:
@@ -207,21 +214,16 @@ def bolt_space(problem: Problem, rows: list[int]) -> WeightSpace:
     return bolt(problem.base, bases=bases, alpha=min(ALPHAS, key=loss))
 
 
-_BASES: dict[str, Mapping[str, RankOneComponents]] = {}
-
-
+@lru_cache(maxsize=1)
 def _bolt_bases(problem: Problem) -> Mapping[str, RankOneComponents]:
-    if problem.name not in _BASES:
-        _BASES[problem.name] = bolt_bases(
-            [
-                {
-                    n: exact(d[n].double()).slice(0, 4 * num_values(problem))
-                    for n in problem.matrices
-                }
-                for d in (problem.source_difference(s) for s in sorted(problem.sources))
-            ]
-        )
-    return _BASES[problem.name]
+    """Of every source the stored components that AXIS could take four times over."""
+    stop = 4 * num_values(problem)
+    return bolt_bases(
+        [
+            {n: problem.components(source, n, stop=stop) for n in problem.matrices}
+            for source in sorted(problem.sources)
+        ]
+    )
 
 
 def lora_space(problem: Problem, rows: list[int]) -> WeightSpace:

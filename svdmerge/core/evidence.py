@@ -9,8 +9,8 @@ from torch import Tensor
 # Resamples: the ends of a 95 % interval then move by about a tenth of its width from run to run.
 NUM_RESAMPLES = 2000
 # Standard errors by which a richer candidate must beat a simpler one. The usual rule is 1 (Breiman
-# et al. 1984, section 3.4.3); of 0.5, 1 and 2, on two targets of 16 and 48 examples, 0.5
-# lost nothing where one source was enough and gained several points where two were needed.
+# et al. 1984, section 3.4.3); of 0.5, 1 and 2, 0.5 lost nothing on two targets of 16 and 48
+# examples.
 STANDARD_ERRORS = 0.5
 
 

@@ -17,7 +17,7 @@ from svdmerge.training.data import Examples, draw, load_training
 from svdmerge.training.objective import Objective, objective_of
 
 # Of what is cached: other losses must not find the old numbers.
-VERSION = 2
+VERSION = 3
 # Examples a model is judged by. The standard error of a mean loss over so many is about 3 % of the
 # losses' spread, finer than sources differ; features of more would only cost time.
 MAX_EXAMPLES = 1024

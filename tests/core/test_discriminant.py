@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdmerge.core.discriminant import SHRINKAGES, DiscriminantFit, discriminant
+from svdmerge.core.discriminant import (
+    MIXED_SHRINKAGES,
+    MIXED_TEMPERATURES,
+    SHRINKAGES,
+    DiscriminantFit,
+    discriminant,
+)
 from svdmerge.errors import TrainingError
 
 
@@ -82,12 +88,45 @@ def test_with_two_equal_classes_its_direction_is_that_of_ridge_regression() -> N
     assert cosine == pytest.approx(1.0, abs=1e-12)
 
 
-def test_losses_are_calibrated_and_better_than_guessing_on_separable_classes() -> None:
+def test_scores_are_calibrated_and_better_than_guessing_on_separable_classes() -> None:
     x, y = problem(num=60, dim=10, num_classes=4, seed=4)
     fit = discriminant(10 * x, labels=y, num_classes=4)
-    assert float(fit.log_loss.mean()) < 0.5 * math.log(4)
+    assert float(torch.nn.functional.cross_entropy(fit.left_out, y)) < 0.5 * math.log(4)
     assert fit.shrinkage in SHRINKAGES
     assert fit.head.accuracy(10 * x, labels=y) > 0.9
+
+
+@pytest.mark.parametrize("num", [16, 200])
+def test_losses_order_features_by_how_far_apart_classes_lie(num: int) -> None:
+    generator = torch.Generator().manual_seed(10)
+    y = torch.arange(num) % 2
+    noise = torch.randn(num, 12, generator=generator, dtype=torch.float64)
+    side = (2.0 * y - 1.0)[:, None] * torch.ones(12, dtype=torch.float64)
+    fits = [discriminant(a * side + noise, labels=y, num_classes=2) for a in (0.0, 0.3, 1.0)]
+    losses = [float(fit.log_loss.mean()) for fit in fits]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.7 * math.log(2) < losses[0]
+
+
+def test_the_loss_is_that_of_the_mean_prediction_over_settings() -> None:
+    x, y = problem(num=18, dim=5, num_classes=3, seed=9)
+    centred, labels = (x - x.mean(dim=0)).numpy(), y.numpy()
+    unit, predicted = within(centred, labels, 3), []
+    for shrinkage in MIXED_SHRINKAGES:
+        raw = np.stack(
+            [
+                scores(
+                    np.delete(centred, i, 0), np.delete(labels, i), centred[i : i + 1],
+                    rho=shrinkage * unit, size=18, num_classes=3,
+                )[0]
+                for i in range(18)
+            ]
+        )  # fmt: skip
+        for t in MIXED_TEMPERATURES:
+            odds = np.exp(t * (raw - raw.max(axis=1)[:, None]))
+            predicted.append((odds / odds.sum(axis=1)[:, None])[np.arange(18), labels])
+    found = discriminant(x, labels=y, num_classes=3).log_loss
+    np.testing.assert_allclose(found, -np.log(np.mean(predicted, axis=0)), rtol=1e-7)
 
 
 def test_pure_noise_scores_about_as_guessing() -> None:

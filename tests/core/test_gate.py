@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svdmerge.core.gate import BASE, Mix, gate
+from svdmerge.core.gate import BASE, Mix, alone, blend, equal, gate
 
 NUM = 40
 
@@ -93,3 +93,26 @@ def test_the_chosen_merge_is_among_those_considered_with_its_losses() -> None:
     assert BASE in considered
     assert all(len(x) == NUM for x in considered.values())
     assert chosen in considered
+
+
+def test_merges_that_the_examples_cannot_tell_apart_are_averaged() -> None:
+    one, two = alone("one"), equal(("one", "two"), total=1.0)
+    same = losses(0.5, seed=3)
+    found = blend({one: same, two: same, BASE: same})
+    assert found.weights == pytest.approx({"one": 0.5, "two": 1.0 / 6})
+
+
+def test_a_merge_falls_off_by_its_standard_errors_behind_the_best() -> None:
+    best = losses(0.5, seed=3)
+    away = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(NUM // 2)
+    # Paired differences of mean 2 SE: spread a gives a standard error of a / sqrt(NUM - 1).
+    behind = best + away + 2.0 / (NUM - 1) ** 0.5
+    found = blend({alone("best"): best, alone("other"): behind})
+    ratio = found.weights["other"] / found.weights["best"]
+    assert ratio == pytest.approx(0.1353352832, rel=1e-9)
+
+
+def test_with_more_examples_the_best_merge_takes_all() -> None:
+    best = losses(0.5, seed=3)
+    found = blend({alone("best"): best, alone("other"): best + losses(0.4, seed=4)})
+    assert found == alone("best")

@@ -28,6 +28,9 @@ cluster addr = 127.0.0.1
 auth cluster required = none
 auth service required = none
 auth client required = none
+# Without authentication there is no key to encrypt by.
+ms mon client mode = crc
+ms client mode = crc
 # One copy of everything, in memory.
 osd pool default size = 1
 osd pool default min size = 1
@@ -58,10 +61,12 @@ ceph-osd "${as_root[@]}" -i 0 --mkfs --osd-uuid "$osd" >> log/mkfs.out 2>&1
 ceph-osd "${as_root[@]}" -i 0 -f > log/osd.out 2>&1 & echo $! > osd.pid
 radosgw "${as_root[@]}" -n client.admin -f \
   --rgw-frontends "beast endpoint=127.0.0.1:$port tcp_nodelay=1" > log/rgw.out 2>&1 & echo $! > rgw.pid
-for _ in $(seq 240); do
-  curl -s -o /dev/null "http://127.0.0.1:$port/" && break
+# Half a minute on an idle machine.
+for _ in $(seq 720); do
+  if curl -s -o /dev/null "http://127.0.0.1:$port/"; then answers=yes; break; fi
   sleep 0.25
 done
+[ "${answers:-no}" = yes ] || { echo "radosgw does not answer: see $dir/log" >&2; exit 1; }
 radosgw-admin -c ceph.conf user create --uid=test --display-name=test \
   --access-key=AKTESTKEY12345678 --secret-key=SK1234567890SECRET > log/user.out 2>&1
 echo "http://127.0.0.1:$port"
