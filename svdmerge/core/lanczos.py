@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,12 +31,12 @@ REACH = {torch.float32: 1e-2, torch.float64: 1e-6}
 # two to four.
 SPENT = 8.0
 
-# Steps before the first look at the Ritz values, which tells what is flat or of low rank at once,
-# and before the second: little else has converged before.
-FLAT_STEPS, BLIND_STEPS = 3, 6
-# By how much the residuals shrink in a step, by far: so many more pass before the next look, which
-# costs more than a step on small matrices.
-SHRINKS = 10.0
+# Steps before Ritz values alone, half a look's work, tell what is flat or of low rank; and before
+# the first look at all else, of which little has converged before.
+EARLY_STEPS, BLIND_STEPS = 3, 6
+# By how much residuals shrink in a step at best, on power laws and models' matrices (8 to 15): so
+# many more pass before the next look, dearer than a step on small matrices and cheaper on large.
+SHRINKS = 15.0
 # By how much at least where they do: of a matrix that is noise from some value on they stand still.
 LEAST = 1.01
 # A spectrum whose last value of a block is above this share of the first does not fall: finding
@@ -93,11 +94,12 @@ def _iterate(
 ) -> list[tuple[Float[Tensor, "n w"], "_Ritz"]]:
     """Of each matrix the leading approximations, once enough have converged, or no more can."""
     found, looked = dict[int, tuple[Tensor, _Ritz]](), dict[int, _Ritz]()
-    due = dict.fromkeys(range(num_matrices), FLAT_STEPS)
+    due = dict.fromkeys(range(num_matrices), BLIND_STEPS)
     while due:
         krylov.extend()
         last = krylov.spent() if krylov.steps < krylov.max_steps else [True] * num_matrices
-        now = [i for i, look in due.items() if last[i] or look <= krylov.steps]
+        early = krylov.early() if krylov.steps == EARLY_STEPS else [False] * num_matrices
+        now = [i for i, look in due.items() if last[i] or early[i] or look <= krylov.steps]
         for i, ritz in zip(now, krylov.look(now) if now else (), strict=True):
             more = 0 if last[i] else ritz.steps_to_go(looked.get(i))
             hopeless = ritz.is_flat() or krylov.steps + more > krylov.max_steps
@@ -147,21 +149,21 @@ class _Ritz:
         since the look before, or as they commonly do. None if they have."""
         if self.worst <= 1.0:
             return 0
-        if before is None:
-            return max(1, BLIND_STEPS - self.steps)
-        if before.steps < BLIND_STEPS:
+        if self.steps < BLIND_STEPS:
+            return BLIND_STEPS - self.steps
+        if before is None or before.steps < BLIND_STEPS:
             return math.ceil(math.log(self.worst, SHRINKS))
         shrinks = (before.worst / self.worst) ** (1 / (self.steps - before.steps))
         return math.ceil(math.log(self.worst) / math.log(max(shrinks, LEAST)))
 
 
 class _Krylov:
-    """An orthonormal basis Q of the Krylov space of B^T B, and the Gram matrix of B Q."""
+    """An orthonormal basis Q of the Krylov space of B^T B, and Q^T B^T B Q."""
 
     def __init__(
         self, b: Deflated, *, start: Float[Tensor, "*b n w"], largest: float, max_steps: int
     ) -> None:
-        *batch, m, n = b.a.shape
+        *batch, _, n = b.a.shape
         k, width = b.v.shape[-1], start.shape[-1]
         self.b, self.width, self.steps = b, width, 0
         # A block must fit beside what is there.
@@ -170,7 +172,6 @@ class _Krylov:
         # V, then Q: what new columns must be orthogonal to.
         self._span = start.new_empty(*batch, n, k + size)
         self._span[..., :k] = b.v
-        self._images = start.new_empty(*batch, m, size)
         self._gram = start.new_zeros(*batch, size, size)
         self._num_known, self._largest = k, largest
         first = orthonormal(start)
@@ -187,49 +188,71 @@ class _Krylov:
         # Again, on unit columns: orthogonal also where rounding was all that was left of them.
         columns = orthonormal(without(self._next, self._span[..., : k + done])).q
         self._span[..., k + done : k + size] = columns
-        image, turned = self.b.step(columns)
-        self._images[..., done:size] = image
-        gram = self._images[..., :size].mT @ image
-        self._gram[..., :size, done:size] = gram
-        self._gram[..., done:size, :size] = gram.mT
-        after = orthonormal(without(turned, self._span[..., : k + size]))
+        turned = self.b.step(columns)[1]
+        span = self._span[..., : k + size]
+        along = span.mT @ turned
+        self._gram[..., :size, done:size] = along[..., k:, :]
+        self._gram[..., done:size, :size] = along[..., k:, :].mT
+        after = orthonormal(turned - span @ along)
         self._next, self._coupling = after.q, after.r
         self.steps += 1
 
     def spent(self) -> list[bool]:
         """By matrix, whether rounding is all that is left of the next block: directions made of it
         would cost the basis its orthogonality."""
-        largest = self._gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1).clamp(min=self._largest**2)
-        rounding = SPENT * torch.finfo(self._coupling.dtype).eps * largest
         left = torch.linalg.vector_norm(self._coupling, dim=(-2, -1))
-        return (left <= rounding).reshape(-1).tolist()
+        squared = self._gram.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
+        rounding = SPENT * torch.finfo(left.dtype).eps
+        return [
+            left <= rounding * max(squared, self._largest**2)
+            for left, squared in torch.stack([left, squared], dim=-1).reshape(-1, 2).tolist()
+        ]
+
+    def early(self) -> list[bool]:
+        """By matrix, whether values alone say that a look pays already: within a block they do not
+        fall, or fall out of reach, and then the few others may have converged."""
+        size = self.steps * self.width
+        gram = self._gram[..., :size, :size].reshape(-1, size, size)
+        values = torch.linalg.eigvalsh(gram)[:, -self.width :].tolist()
+        shares = [v[0] / max(v[-1], self._largest**2, torch.finfo(gram.dtype).tiny) for v in values]
+        return [not REACH[gram.dtype] ** 2 <= share <= FLAT**2 for share in shares]
 
     def look(self, which: Sequence[int]) -> list[_Ritz]:
         """The leading Ritz vectors of some matrices, and how far they have converged."""
         size, width = self.steps * self.width, self.width
-        gram = self._gram[..., :size, :size].reshape(-1, size, size)[list(which)]
-        coupling = self._coupling.reshape(-1, width, width)[list(which)]
+        gram = self._gram[..., :size, :size].reshape(-1, size, size)
+        coupling = self._coupling.reshape(-1, width, width)
+        if len(which) < len(gram):
+            gram, coupling = gram[list(which)], coupling[list(which)]
         values, vectors = torch.linalg.eigh(gram)
-        sigma = values[:, -width:].flip(1).clamp(min=0.0).sqrt()
-        vectors = vectors[:, :, -width:].flip(2)
+        vectors = vectors[:, :, -width:]
         # ||B^T B v - s^2 v||, that is s ||B^T u - s v||.
-        residual = torch.linalg.vector_norm(coupling @ vectors[:, -width:], dim=1)
-        scale = sigma[:, :1].clamp(min=self._largest)
-        allowed = torch.minimum(OWN_RESIDUAL * sigma, RESIDUAL * scale) * sigma
-        # Below rounding there is nothing to converge to.
-        finfo = torch.finfo(sigma.dtype)
-        ratio = residual / torch.maximum(allowed, finfo.eps * scale**2).clamp(min=finfo.tiny)
-        within = sigma >= REACH[sigma.dtype] * scale
-        counts = torch.stack(
-            [
-                ((ratio <= 1.0) & within).cumprod(dim=1).sum(dim=1),
-                within.sum(dim=1),
-                torch.where(within, ratio, 0.0).amax(dim=1),
-                sigma[:, -1] / scale[:, 0].clamp(min=finfo.tiny),
-            ],
-            dim=1,
-        ).tolist()
+        residuals = torch.linalg.vector_norm(coupling @ vectors[:, -width:], dim=1)
+        # What is decided from few numbers is decided on the host, in one transfer.
+        told = torch.stack([values[:, -width:], residuals], dim=1).flip(2).cpu().numpy()
         return [
-            _Ritz(steps=self.steps, vectors=v, converged=int(c), reached=int(r), worst=w, ratio=q)
-            for v, (c, r, w, q) in zip(vectors, counts, strict=True)
+            self._ritz(v, values.astype(np.float64), residuals.astype(np.float64))
+            for v, (values, residuals) in zip(vectors.flip(2), told, strict=True)
         ]
+
+    def _ritz(
+        self, vectors: Float[Tensor, "b w"], values: Float[np.ndarray, " w"],
+        residuals: Float[np.ndarray, " w"],
+    ) -> _Ritz:  # fmt: skip
+        """The approximations of a matrix, from values and residuals of B^T B, descending."""
+        sigma = np.sqrt(values.clip(min=0.0))
+        scale = max(self._largest, float(sigma[0]))
+        allowed = np.minimum(OWN_RESIDUAL * sigma, RESIDUAL * scale) * sigma
+        # Below rounding there is nothing to converge to.
+        finfo = torch.finfo(vectors.dtype)
+        ratio = residuals / allowed.clip(min=max(finfo.eps * scale**2, finfo.tiny))
+        reached = int((sigma >= REACH[vectors.dtype] * scale).sum())
+        within = ratio[:reached]
+        return _Ritz(
+            steps=self.steps,
+            vectors=vectors,
+            converged=int((within <= 1.0).cumprod().sum()),
+            reached=reached,
+            worst=float(within.max(initial=0.0)),
+            ratio=float(sigma[-1]) / max(scale, finfo.tiny),
+        )

@@ -62,6 +62,9 @@ class Dense:
         """A x and A^T A x, A read once."""
         # Tiles are for a CPU's caches; elsewhere few large products are best.
         rows = max(1, TILE // x.shape[-2]) if x.device.type == "cpu" else self.shape[-2]
+        if rows >= self.shape[-2]:
+            y = self._a @ x
+            return y, (y.mT @ self._a).mT
         return step(self._a.split(rows, dim=-2), x)
 
     def image(self, x: Float[Tensor, "*b n w"]) -> Float[Tensor, "*b m w"]:

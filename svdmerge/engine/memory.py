@@ -18,8 +18,9 @@ def by_rows_bytes(parameter: Parameter, *, depth: int, block_rows: int) -> int:
 def iteration_bytes(parameter: Parameter, *, depth: int) -> int:
     """Peak memory of Lanczos itself, where products are made elsewhere.
 
-    The basis and its images; of the components known both vectors in float64, again the right ones
-    in the basis, and A^T U; some blocks of vectors on their way. Or, once per block at most, the
+    The basis, and m rows more of it for what the allocator keeps of vectors freed, which measured
+    more than that; of the components known both vectors in float64, again the right ones in the
+    basis, and A^T U; some blocks of vectors on their way. Or, once per block at most, the
     step that makes known vectors orthonormal in float64: these, and four times the right ones.
     """
     m, n, rank = parameter.m, parameter.n, parameter.rank

@@ -326,6 +326,16 @@ def test_what_is_flat_is_left_after_three_steps_without_a_certificate(
     assert steps_taken(monkeypatch, noise(seed=1, m=320, n=300)) == 3
 
 
+def test_few_components_above_faint_noise_are_found_in_as_many_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = planted(torch.linspace(1.0, 0.3, 8), m=320, n=300, seed=1).matrix
+    delta = few + 1e-3 * noise(seed=1, m=320, n=300)
+    assert len(block_of(delta).components) == 8
+    # Three of the bound.
+    assert steps_taken(monkeypatch, delta) == 3 + 3
+
+
 def test_noise_under_few_components_is_left_once_it_is_seen_not_to_converge(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
