@@ -40,8 +40,12 @@ def test_the_recipe_is_valid_and_shows_every_key() -> None:
 
 
 def test_the_configuration_of_decomposable_models_is_valid() -> None:
-    block = README.split("## Decomposable models")[1].split("```yaml")[1].split("```")[0]
-    recipe = parse_kind_recipe(yaml.safe_load(block))
+    blocks = README.split("## Decomposable models")[1].split("```yaml")
+    recipe, drawing = (
+        parse_kind_recipe(yaml.safe_load(block.split("```")[0])) for block in blocks[1:3]
+    )
+    assert drawing.draw is not None
+    assert drawing.model != drawing.draw.learngenes_of  # it would replace what it starts from
     assert recipe.train is not None
     assert recipe.transfer is not None
     assert recipe.recombine is not None

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
 from svdmerge.comparison.text_case import BUILDER, Case, Part
 from svdmerge.core.kind.gate import GateRows
@@ -24,7 +23,7 @@ from svdmerge.kind.train import (
     settings_of,
     train,
 )
-from svdmerge.peers.lora import Lora, lora_cost, ranks_within
+from svdmerge.peers.lora import WithLora
 from svdmerge.storage.checkpoint import open_checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.checkpointing import load_file
@@ -163,24 +162,13 @@ def _lora(study: Study, seed: int) -> Outcome:
     return _dense(study, study.case.novel, seed=seed, name=name, start=start, lora=size)
 
 
-class Adapted(nn.Module):
-    """A model with LoRA on its projections, these frozen, of at most so many trained values."""
-
-    def __init__(self, model: nn.Module, *, num_values: int, seed: int) -> None:
-        super().__init__()
-        self.model = model
-        names = [f"{path}.weight" for path in projections(model)]
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.dim() < 2 or name.startswith("head"))
-        left = num_values - sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights = {name: model.get_parameter(name) for name in names}
-        ranks = ranks_within(left, weights=weights, names=names, cost=lora_cost)
-        self._space = Lora(weights, ranks=ranks, seed=seed)
-        self.values = nn.ParameterList(self._space.values())
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The model's scores."""
-        return functional_call(self.model, self._space.weights(), (inputs,))
+def _with_lora(model: nn.Module, *, num_values: int, seed: int) -> nn.Module:
+    """LoRA on the projections, these frozen, beside vectors and head: of at most so many values."""
+    names = [f"{path}.weight" for path in projections(model)]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.dim() < 2 or name.startswith("head"))
+    left = num_values - sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return WithLora(model, names=names, num_values=left, seed=seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +190,7 @@ class _Opener:
             same = {k: v for k, v in kept.items() if k in own and own[k].shape == v.shape}
             model.load_state_dict(own | same)
         if self.lora is not None:
-            model = Adapted(model, num_values=self.lora, seed=self.config.seed)
+            model = _with_lora(model, num_values=self.lora, seed=self.config.seed)
         model.add_module(GATE, GateRows(gate))
         return Classification(model, train=target.train, test=target.test)
 

@@ -5,9 +5,11 @@ solver makes it follows from the shape and those blocks alone. So a store deepen
 the numbers of one that was filled at once, whoever filled it.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +18,7 @@ from svdmerge.core import svd
 from svdmerge.core.block_shape import WIDTH, block_width, max_steps
 from svdmerge.core.certified import Block, lanczos_attempts
 from svdmerge.core.components import RankOneComponents, none
+from svdmerge.core.deflated import without
 from svdmerge.core.gram import by_gram
 from svdmerge.core.lanczos import FLAT
 from svdmerge.core.products import Dense, Products
@@ -28,6 +31,14 @@ LANCZOS_SHARE = 1 / 16
 # Stored blocks of which the last is not full ended where values fell too slowly for Lanczos, if
 # their last value is above this share of the first: far above what float32 can reach.
 SLOW = 0.1
+# Frobenius norms between which float32 holds the squares of Gram matrices' entries, small ones
+# beside the largest too: a difference outside is multiplied in float64, whose range is far wider.
+FLOAT32_RANGE = 1e-4, 1e8
+# What LAPACK's failures to converge are raised as.
+FAILURES = (
+    torch.linalg.LinAlgError,  # pyright: ignore[reportPrivateImportUsage]
+    np.linalg.LinAlgError,
+)
 # What a block says of its solver if that finds all that is left.
 EXACT = "exact"
 # And of one that was given in factors.
@@ -41,8 +52,8 @@ def next_block(
 ) -> Block:
     """The block after those stored (none: the first). `fro` is ||delta||_F.
 
-    Solvers in turn: Lanczos in float32, in float64 where that cannot see what is left, then the
-    exact one.
+    Solvers in turn: Lanczos in float32, in float64 where that cannot see what is left or hold its
+    square, then the exact one; the next one too where LAPACK fails one of them.
     """
     if delta.shape[0] < delta.shape[1]:
         return _turned_block(
@@ -51,10 +62,12 @@ def next_block(
     n = delta.shape[1]
     if fro > 0.0 and len(stored) < n and _is_exact(n, s=stored.s):
         return exact_block(delta, stored=stored)
-    found = lanczos_block(
-        partial(Dense, delta), shape=tuple(delta.shape), stored=lambda: stored, fro=fro,
-        parameter=parameter, steps=lambda _: max_steps(n),
-    )  # fmt: skip
+    found = None
+    with contextlib.suppress(*FAILURES):
+        found = lanczos_block(
+            partial(Dense, delta), shape=tuple(delta.shape), stored=lambda: stored, fro=fro,
+            parameter=parameter, steps=lambda _: max_steps(n),
+        )  # fmt: skip
     return found or exact_block(delta, stored=stored)
 
 
@@ -68,7 +81,7 @@ def first_blocks(
         turned = first_blocks(deltas.mT, fros=fros, parameters=parameters)
         return [_turned_block(block) for block in turned]
     nothing = none(m, n).to(torch.float64)
-    if n <= SMALL:
+    if n <= SMALL or not all(fro == 0.0 or _suits_float32(fro) for fro in fros):
         return [
             next_block(delta, stored=nothing, fro=fro, parameter=parameter)
             for delta, fro, parameter in zip(deltas, fros, parameters, strict=True)
@@ -101,9 +114,11 @@ def lanczos_block(
         lanczos_attempts, fros=[fro], restarts=restarts,
         seeds=[svd.seed_of(parameter, m=m, n=n, block=len(known))],
     )  # fmt: skip
-    a = products(torch.float32)
-    (found,) = attempt(a, known, steps=steps(a.dtype))
-    if not found.block.reaches() and (restarts or found.is_hidden):
+    found = None
+    if _suits_float32(fro):
+        a = products(torch.float32)
+        (found,) = attempt(a, known, steps=steps(a.dtype))
+    if found is None or (not found.block.reaches() and (restarts or found.is_hidden)):
         del known
         # In float64 without what the rounding of stored vectors leaves of them in the difference.
         a = products(torch.float64)
@@ -114,6 +129,11 @@ def lanczos_block(
 def exact_block(delta: Float[Tensor, "m n"], *, stored: RankOneComponents) -> Block:
     """All components that follow those stored, in float64."""
     return Block(components=_rest(delta, stored), bound=0.0, solver=EXACT)
+
+
+def _suits_float32(fro: float) -> bool:
+    """Whether a difference of this Frobenius norm can be multiplied in float32."""
+    return FLOAT32_RANGE[0] <= fro <= FLOAT32_RANGE[1]
 
 
 def _is_exact(n: int, *, s: Float[Tensor, " k"]) -> bool:
@@ -135,14 +155,23 @@ def _polished(a: Products, stored: RankOneComponents) -> RankOneComponents:
 def _rest(delta: Float[Tensor, "m n"], stored: RankOneComponents) -> RankOneComponents:
     """All components that are left."""
     if len(stored) == 0:
-        found = by_gram(delta)
+        found = _all(delta)
         return found.slice(0, int((found.s > 0).sum()))
     known, a = _polished(Dense(delta, torch.float64), stored), delta.to(torch.float64)
-    a = a - known.u @ (known.u.T @ a)
-    found = by_gram(a - (a @ known.vh.T) @ known.vh)
+    # Twice, for what rounding leaves along them is as large as the smallest values that count.
+    for _ in range(2):
+        a = without(without(a, known.u).mT, known.vh.mT).mT
+    found = _all(a)
     floor = torch.finfo(torch.float64).eps * max(a.shape) * float(known.s[0])
     left = min(int((found.s > floor).sum()), min(a.shape) - len(stored))
     return found.slice(0, left)
+
+
+def _all(a: Float[Tensor, "m n"]) -> RankOneComponents:
+    """All components of a matrix, by LAPACK's own decomposition if its eigensolver fails."""
+    with contextlib.suppress(*FAILURES):
+        return by_gram(a)
+    return svd.exact(a)
 
 
 def _turned_block(block: Block) -> Block:

@@ -92,7 +92,7 @@ def _largest(
     for i in range(STEPS - 1):
         tridiagonal[:, i, i + 1] = tridiagonal[:, i + 1, i] = off[i]
     low = float(np.linalg.eigvalsh(tridiagonal).max())
-    high = max(low * REACH, torch.finfo(torch.float32).tiny)
+    high = max(low * REACH, torch.finfo(torch.float64).tiny)
     while _minima(np.array([high]), squares, diagonal, off)[0] >= CHI_SQUARED:
         high *= 2.0
     for _ in range(2):

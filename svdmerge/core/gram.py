@@ -32,7 +32,8 @@ def by_gram(a: Float[Tensor, "m n"]) -> RankOneComponents:
     large, small = vectors[:, num_small:].flip(1), vectors[:, :num_small]
     image = a @ large
     s = torch.linalg.vector_norm(image, dim=0)
-    parts = [RankOneComponents(u=image / s, s=s, vh=large.T)]
+    # In its place, as nothing is sorted that need not be: vectors are what takes memory here.
+    parts = [RankOneComponents(u=image.div_(s), s=s, vh=large.T)]
     if num_small:
         # What rounding leaves of large ones would not be orthogonal to theirs.
         rest = svd.exact(without(a @ small, parts[0].u))
@@ -42,7 +43,8 @@ def by_gram(a: Float[Tensor, "m n"]) -> RankOneComponents:
 
 def _sorted(c: RankOneComponents, *, m: int) -> RankOneComponents:
     """Values descending: norms of nearly equal ones need not be."""
-    order = c.s.argsort(descending=True, stable=True)
-    s = c.s[order]
-    s = torch.where(s > s[:1] * torch.finfo(s.dtype).eps * m, s, 0.0)
-    return RankOneComponents(u=c.u[:, order], s=s, vh=c.vh[order])
+    if bool((c.s[1:] > c.s[:-1]).any()):
+        order = c.s.argsort(descending=True, stable=True)
+        c = RankOneComponents(u=c.u[:, order], s=c.s[order], vh=c.vh[order])
+    s = torch.where(c.s > c.s[:1] * torch.finfo(c.s.dtype).eps * m, c.s, 0.0)
+    return RankOneComponents(u=c.u, s=s, vh=c.vh)

@@ -206,14 +206,16 @@ def make_plan(recipe: Recipe) -> Plan:
 def decompose_bytes(parameter: Parameter, *, depth: int) -> int:
     """Peak memory of decomposing one matrix, in bytes.
 
-    Base and source as read and decoded, their difference, LAPACK's copy of it (float64), both sets
-    of vectors, divide and conquer's workspace of about 4 r^2, and what is stored.
+    Base and source as read and decoded, their difference, what is left of it without known
+    components, before and after, and LAPACK's copy of that (float64), both sets of vectors and
+    again as they are sorted, divide and conquer's workspace of about 4 r^2, and what is stored.
     """
     m, n = parameter.m, parameter.n
     read = 32 * m * n
     if parameter.action is not Action.DECOMPOSE:
         return read + 8 * m * n
-    return read + 8 * m * n + _svd_bytes(m, n) + stored_bytes(parameter, depth=depth)
+    sorting = 8 * parameter.rank * (m + n)
+    return read + 24 * m * n + _svd_bytes(m, n) + sorting + stored_bytes(parameter, depth=depth)
 
 
 def _svd_bytes(m: int, n: int) -> int:

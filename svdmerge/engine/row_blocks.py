@@ -25,7 +25,7 @@ from svdmerge.engine.memory import pass_bytes, survey_bytes
 from svdmerge.engine.plan import decompose_bytes
 from svdmerge.engine.row_tasks import Pass, PassReceipt, RowBlock, Survey, get_tensors, put_tensors
 from svdmerge.engine.runtime import Runtime
-from svdmerge.engine.solve import known_of, stored_of, to_store
+from svdmerge.engine.solve import first_of, to_store
 from svdmerge.engine.tasks import DecomposeUnit, Receipt, commit_solved, load, peak_rss_bytes
 from svdmerge.errors import ResourceError, SolverError
 from svdmerge.progress import SILENT, Progress
@@ -241,30 +241,32 @@ def _next(
     """The depth once the next block is committed, and the bytes that this took."""
     item, p = unit.items[0], unit.items[0].parameter
     committed = load(unit.store, unit.base_key, unit.revision)
-    first, start = known_of(committed, p)
+    # All of them: what an exact solver took over, when a task could hold the matrix, cannot be
+    # found again from the blocks before it.
+    first = committed.held(p.source_id)
     before = len(done)
     found = lanczos_block(
-        products, shape=(p.m, p.n), stored=lambda: stored_of(committed, p).blocks, fro=survey.fro,
-        parameter=p.id, steps=lambda dtype: steps_within(p.rank, itemsize=dtype.itemsize),
-        restarts=RESTARTS,
+        products, shape=(p.m, p.n), stored=lambda: first_of(committed, p, num=first),
+        fro=survey.fro, parameter=p.id, restarts=RESTARTS,
+        steps=lambda dtype: steps_within(p.rank, itemsize=dtype.itemsize),
     )  # fmt: skip
     if found is None:
         raise _too_flat(unit, depth=first)
     passes = (len(done) - before) // len(_blocks(unit))
     block = replace(found, solver=f"{found.solver} by rows, {passes} passes")
     solved = to_store(
-        [(first, block)], parameter=p, start=start, depth=max(item.depth, item.wanted),
+        [(first, block)], parameter=p, start=first, depth=max(item.depth, item.wanted),
         digest=survey.source_sha256, fro=survey.fro,
         noise=edge_of(
             row_tasks.surveyed_norms(scratch), leading=block.components.slice(0, WIDTH)
         ) if first == 0 else 0.0,
     )  # fmt: skip
     covered = Covered(
-        parameter=p.source_id, first=start, depth=solved.depth,
+        parameter=p.source_id, first=first, depth=solved.depth,
         source_sha256=survey.source_sha256, base_sha256=survey.base_sha256,
     )  # fmt: skip
     group = layout.group_key([f"{p.source_id} by rows"])
-    place = f"{group}/{start}-{solved.depth - 1}"
+    place = f"{group}/{first}-{solved.depth - 1}"
     return solved.depth, commit_solved(unit, [(solved, covered)], place=place).shard.size
 
 

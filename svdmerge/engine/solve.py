@@ -46,9 +46,14 @@ def known_of(committed: Committed, parameter: Parameter) -> tuple[int, int]:
 def stored_of(committed: Committed, parameter: Parameter) -> Stored:
     """What a source has in the store of one matrix. Raises: StoreError, if it is damaged."""
     last, depth = known_of(committed, parameter)
-    if last == 0:
-        return Stored(blocks=none(parameter.m, parameter.n), depth=depth)
-    return Stored(blocks=committed.read(parameter.source_id, range(last)), depth=depth)
+    return Stored(blocks=first_of(committed, parameter, num=last), depth=depth)
+
+
+def first_of(committed: Committed, parameter: Parameter, *, num: int) -> RankOneComponents:
+    """The first stored components of a matrix. Raises: StoreError, if one is damaged."""
+    if num == 0:
+        return none(parameter.m, parameter.n)
+    return committed.read(parameter.source_id, range(num))
 
 
 def solve(

@@ -22,6 +22,7 @@ from svdmerge.engine.winners import (
     cut_of,
     is_open,
     select_components,
+    unlisted_bound,
 )
 from svdmerge.errors import RecipeError, StoreError
 from svdmerge.progress import SILENT
@@ -204,20 +205,22 @@ def _of_matrix(plan: Plan, b: Budget, listed: Sequence[Listed], *, floor: float)
 
 def _left_out(listed: Listed, kept: int) -> tuple[float, float]:
     """Frobenius norm and largest singular value of a source's weighted remainder, at most."""
-    values, last = all_values(listed.spectra).astype(np.float64), listed.spectra[-1]
+    values = all_values(listed.spectra).astype(np.float64)
+    fro, bound = listed.spectra[0].fro, unlisted_bound(listed.spectra)
     # All values being listed, their squares add up; else those kept are taken off the whole's,
     # less than what float32 rounded off them.
     squared = float((values[kept:] ** 2).sum())
-    if last.bound > 0:
+    if bound > 0:
         taken = float((values[:kept] ** 2).sum())
-        squared = max(squared, last.fro**2 - taken * (1 - np.finfo(np.float32).eps))
-    largest = float(values[kept]) if kept < len(values) else last.bound
+        squared = max(squared, fro**2 - taken * (1 - np.finfo(np.float32).eps))
+    # The bound also where a value follows that is listed: a solver might have missed one between.
+    largest = max([bound, *values[kept : kept + 1].tolist()])
     return listed.weight * math.sqrt(squared), listed.weight * largest
 
 
 def _depth(plan: Plan, parameter: Parameter, listed: Listed, kept: int) -> int:
     """Components that are stored of a source if so many are kept: what a solver finds that cannot
     stop early is stored as deep as the budget, else whole blocks, one at least."""
-    if listed.spectra[-1].bound == 0:
+    if unlisted_bound(listed.spectra) == 0:
         return plan.depth_for(parameter, kept)
     return in_blocks(max(kept, 1), parameter)

@@ -143,6 +143,18 @@ def all_values(spectra: Sequence[Spectrum], *, most: int | None = None) -> np.nd
     return np.minimum.accumulate(values[:most])
 
 
+def unlisted_bound(spectra: Sequence[Spectrum]) -> float:
+    """What no value exceeds that `all_values` does not give: by the record that reaches furthest
+    from the first value on without a gap, for one beyond a gap says nothing of what was lost."""
+    reach, bound = 0, spectra[0].fro
+    for part in spectra:
+        end = part.first + len(part.s)
+        if part.first <= reach <= end:
+            bound = part.bound if end > reach else min(bound, part.bound)
+            reach = end
+    return bound
+
+
 def salience_of(
     listed: Listed, s: Float[np.ndarray, " c"], *, salience: str
 ) -> Float[np.ndarray, " c"]:
@@ -154,7 +166,7 @@ def salience_of(
 
 def largest_unlisted(listed: Listed, *, salience: str) -> float:
     """The most salience that a value which is not listed can have."""
-    bound = np.array([listed.spectra[-1].bound])
+    bound = np.array([unlisted_bound(listed.spectra)])
     return float(salience_of(listed, bound, salience=salience)[0])
 
 

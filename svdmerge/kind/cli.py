@@ -24,11 +24,15 @@ def train(
     """Train a model whose weights are components, switched by class. Resumes by itself."""
 
     def work() -> None:
-        from svdmerge.kind.tables import train_tables
-        from svdmerge.kind.workflow import train as trained
+        from svdmerge.kind import tables, workflow
 
-        found = trained(_load(config), address=address, progress=progress())
-        show(as_json, found.to_json, lambda: train_tables(found))
+        recipe, told = _load(config), progress()
+        if recipe.draw is not None and recipe.train is None:
+            drawn = workflow.draw(recipe, recipe.draw, address=address, progress=told)
+            show(as_json, drawn.to_json, lambda: tables.draw_tables(drawn))
+            return
+        found = workflow.train(recipe, address=address, progress=told)
+        show(as_json, found.to_json, lambda: tables.train_tables(found))
 
     guard(work, verbose=verbose)
 
@@ -93,14 +97,22 @@ def demo(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train, split, recombine and transfer on handwritten digits."""
+    """Train, split, recombine and transfer on handwritten digits: first to read, then to draw."""
 
     def work() -> None:
+        from svdmerge.engine.runtime import open_runtime
         from svdmerge.kind.demo import run_demo
-        from svdmerge.kind.tables import demo_tables
+        from svdmerge.kind.drawing_demo import run_drawing_demo
+        from svdmerge.kind.tables import demo_tables, drawing_tables
 
-        found = run_demo(out, address=address, progress=progress())
-        show(as_json, found.to_json, lambda: demo_tables(found))
+        with open_runtime(address):  # one for all: each start of Ray takes seconds
+            found = run_demo(out, address=address, progress=progress())
+            drawn = run_drawing_demo(out / "drawing", address=address, progress=progress())
+        show(
+            as_json,
+            lambda: {**found.to_json(), "drawing": drawn.to_json()},
+            lambda: [*demo_tables(found), *drawing_tables(drawn)],
+        )
 
     guard(work, verbose=verbose)
 

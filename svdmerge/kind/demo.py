@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdmerge.demo_models import build, digit_images, examples_bytes
+from svdmerge.errors import OutputError
 from svdmerge.kind import workflow
-from svdmerge.kind.folder import check_free
 from svdmerge.kind.recipe import KindRecipe, parse_kind_recipe
 from svdmerge.kind.recombine import RecombineResult
 from svdmerge.kind.split import SplitResult
@@ -25,6 +25,8 @@ CONFIG = {"model_type": "digits", "hidden_size": 48, "num_hidden_layers": 3}
 # Superclasses by how digits are drawn; the three new ones are told apart among themselves.
 OLD = {"loops": [0, 6], "strokes": [1, 4], "bows": [2, 3, 5]}
 NEW = {"new": [0, 1, 2]}
+CONFIG_FILE = "kind.yml"
+STEPS = {"old": 400, "new": 150}
 FIRST_NEW, KEPT = 7, ("1", "4")
 
 
@@ -50,7 +52,7 @@ def run_demo(out: Path, *, address: str = "local", progress: Progress = SILENT) 
         OutputError: a model's folder holds something else.
     """
     start = time.perf_counter()
-    recipe = _written(out)
+    recipe = _written(out.resolve())
     return DemoResult(
         trained=workflow.train(recipe, address=address, progress=progress),
         split=workflow.split(recipe, address=address, progress=progress),
@@ -65,19 +67,33 @@ def _written(out: Path) -> KindRecipe:
     raw: dict[str, Any] = {
         "model": f"{out}/model",
         "store": f"{out}/store",
-        "train": _section(out, "old", groups=OLD, steps=400),
+        "train": _section(out, "old", groups=OLD, steps=STEPS["old"]),
         "recombine": {"classes": list(KEPT), "out": f"{out}/recombined"},
-        "transfer": _section(out, "new", groups=NEW, steps=150) | {"out": f"{out}/transferred"},
+        "transfer": _section(out, "new", groups=NEW, steps=STEPS["new"])
+        | {"out": f"{out}/transferred"},
     }
-    for name in ("model", "recombined", "transferred"):
-        check_free(Folder.at(out / name))
+    config = json.dumps(raw, indent=1) + "\n"  # JSON is YAML
+    _check_own(out, config)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CONFIG_FILE).write_text(config)
     _write_base(out / "base")
     images, digits = digit_images()
     old = digits < FIRST_NEW
     _write_examples(out, "old", images[old], digits[old])
     _write_examples(out, "new", images[~old], digits[~old] - FIRST_NEW)
-    (out / "kind.yml").write_text(json.dumps(raw, indent=1) + "\n")  # JSON is YAML
     return parse_kind_recipe(raw)
+
+
+def _check_own(out: Path, config: str) -> None:
+    """Raise OutputError if the folder holds anything but an earlier demo."""
+    names = Folder.at(out).names()
+    own = out / CONFIG_FILE
+    if names and not (own.is_file() and own.read_text() == config):
+        raise OutputError(
+            f"{out}: holds something else ({', '.join(names[:3])})",
+            f"Only the folder of an earlier demo, with its {CONFIG_FILE}, is written to.",
+            "Give another folder, or empty that one yourself.",
+        )
 
 
 def _section(out: Path, name: str, *, groups: dict[str, list[int]], steps: int) -> dict[str, Any]:
@@ -99,6 +115,8 @@ def _section(out: Path, name: str, *, groups: dict[str, list[int]], steps: int) 
 
 def _write_base(folder: Path) -> None:
     """An untrained transformer: the architecture that training starts from at random."""
+    if (folder / "config.json").exists():
+        return  # written again it would be another revision, and trained from anew
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

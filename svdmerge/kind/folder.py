@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors import torch as files
 from torch import Tensor, nn
 
@@ -14,9 +15,17 @@ from svdmerge.core.kind.blueprint import Blueprint, shaped
 from svdmerge.errors import OutputError, TrainingError
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.backbone import build_module
+from svdmerge.training.kind.classifier import BUILDER, EXTRACTOR
 
 WEIGHTS, EXAMPLE, DESCRIPTION = "model.safetensors", "example.safetensors", "kind.json"
-BUILDERS = ("svdmerge.", "transformers:")
+# What may build a model that a folder describes: these, transformers' classes, and ...
+BUILDERS = (
+    "svdmerge.core.dit:build",
+    "svdmerge.demo_models:build",
+    "svdmerge.comparison.text_case:build",
+)
+# ... these, which build what `backbone` of their configuration names.
+WRAPPERS = (BUILDER, EXTRACTOR)
 # Positional arguments of the example are named so; any other names are keys of one mapping.
 ARGUMENT = "argument"
 
@@ -68,15 +77,20 @@ def load(model: Model) -> nn.Module:
         TrainingError: its callable is missing or builds something else.
     """
     module = shaped(plain(model.blueprint), model.blueprint)
+    fill(module, model.state, builder=model.blueprint.model)
+    return module.eval()
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], *, builder: str) -> None:
+    """Put a whole state into the module. Raises: TrainingError, if they do not fit."""
     try:
-        module.load_state_dict(dict(model.state), strict=True)
+        module.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:
         raise TrainingError(
-            f"{model.blueprint.model}: builds another model than was stored",
+            f"{builder}: builds another model than was stored",
             str(error).splitlines()[-1].strip(),
             "Use the version of its package that the model was trained with.",
         ) from error
-    return module.eval()
 
 
 def check_free(out: Folder) -> None:
@@ -108,8 +122,7 @@ def write(out: Folder, model: Model, *, result: Mapping[str, Any]) -> None:
 def read(folder: Folder, *, trusted: Sequence[str] = ()) -> Model:
     """The model in a folder.
 
-    `trusted` names callables, besides ours and transformers' classes, that may build its backbone:
-    whoever wrote a folder must not choose what runs here.
+    `trusted` names callables, besides those of `check_builder`, that may build its backbone.
 
     Raises:
         OutputError: there is none, it is not what its description says, or a stranger builds it.
@@ -120,18 +133,37 @@ def read(folder: Folder, *, trusted: Sequence[str] = ()) -> Model:
         weights = folder.read(WEIGHTS)
         if hashlib.sha256(weights).hexdigest() != description["sha256"]:
             raise ValueError(f"{WEIGHTS}: its content changed")
-        example = files.load(folder.read(EXAMPLE))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state, example = files.load(weights), files.load(folder.read(EXAMPLE))
+        _check_factors(blueprint, state)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise OutputError(
             f"{folder.uri}: holds no whole decomposable model",
             f"{type(error).__name__}: {error}",
             "Run `svdmerge kind train` first, or correct `model`.",
         ) from None
-    for builder in (blueprint.model, str(blueprint.config.get("backbone", blueprint.model))):
-        if not builder.startswith(BUILDERS) and builder not in trusted:
-            raise OutputError(
-                f"{folder.uri}: is to be built by {builder}",
-                "Code that a model's folder names runs only if the configuration names it too.",
-                "If you trust it, give it as `backbone` of a `train` or `transfer` section.",
-            )
-    return Model(blueprint=blueprint, state=files.load(weights), example=example)
+    check_builder(blueprint, trusted=trusted, place=folder.uri)
+    return Model(blueprint=blueprint, state=state, example=example)
+
+
+def check_builder(blueprint: Blueprint, *, trusted: Sequence[str], place: str) -> None:
+    """Raise OutputError if code that is neither ours nor trusted would build the model: whoever
+    wrote a folder must not choose what runs here."""
+    wrapped = blueprint.model in WRAPPERS
+    # One wrapper deep: a wrapper is no backbone, else a second one could name anything.
+    builder = str(blueprint.config.get("backbone") if wrapped else blueprint.model)
+    if not builder.startswith("transformers:") and builder not in (*BUILDERS, *trusted):
+        raise OutputError(
+            f"{place}: is to be built by {builder}",
+            "Code that a model's folder names runs only if the configuration names it too.",
+            "If you trust it, give it as `backbone` of a `train` or `transfer` section.",
+        )
+
+
+def _check_factors(blueprint: Blueprint, state: Mapping[str, Tensor]) -> None:
+    """Raise KeyError or ValueError if a layer's factors are not of the blueprint's sizes."""
+    for path, sizes in blueprint.layers.items():
+        u, s, vh = (state[f"{path}.{name}"] for name in ("u", "s", "vh"))
+        ranks = {u.shape[-1], *s.shape, vh.shape[0]}
+        fits = ranks == {sum(sizes)} and 1 <= len(sizes) <= 1 + len(blueprint.gate.groups)
+        if min(sizes, default=-1) < 0 or not fits:
+            raise ValueError(f"{path}: {sizes} components, but factors of {sorted(ranks)}")

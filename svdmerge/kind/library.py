@@ -200,7 +200,9 @@ def _told(
     num_learngenes = sum(layer.sizes[0] for layer in layers.values())
     share = sum(explained.values()) / len(explained)
     num_shared = sum(layer.sizes[0] > 0 for layer in layers.values())
+    weighed = [source.reference for source in library.plan.sources if source.weight != 1.0]
     notes = (
+        *(f"{place}: its weight does not count, each is a class of its own" for place in weighed),
         f"learngenes take off {share:.1%} of the sources' squared norms, mean over matrices",
         f"{num_shared} of {len(layers)} matrices have any",
     )

@@ -1,5 +1,6 @@
 """The configuration of `svdmerge kind`; validated whole before anything starts."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -15,19 +16,32 @@ from pydantic import (
 
 from svdmerge.recipe import Section, Share, load_mapping, parse_section
 
+# Of a hierarchy of groups: YAML can make one that has no end.
+MOST_LEVELS = 16
+
 
 def parse_count(value: object) -> object:
     """`2M` -> 2000000, `500k` -> 500000, `1G` -> 1000000000."""
     units = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
     if isinstance(value, str) and value[-1:] in units:
-        return int(float(value[:-1]) * units[value[-1]])
+        count = float(value[:-1]) * units[value[-1]]
+        if not math.isfinite(count):
+            raise ValueError(f"got {value!r}; expected a count such as 2M")
+        return int(count)
     return value
 
 
 def check_groups(value: object, *, place: str = "") -> object:
     """The value, if it is a hierarchy: mappings by name, and lists of labels below them."""
+    if place.count("/") > MOST_LEVELS:
+        raise ValueError(f"groups: more than {MOST_LEVELS} levels, or one that holds itself")
     if isinstance(value, dict):
         for name, below in cast(dict[object, object], value).items():
+            # Levels are joined by /: {a/b: ...} and {a: {b: ...}} would be one group.
+            if not isinstance(name, str) or not name or "/" in name:
+                raise ValueError(
+                    f"{place}: got {name!r} as a group's name; expected text without /"
+                )
             check_groups(below, place=f"{place}/{name}")
     elif not isinstance(value, list) or not all(
         isinstance(label, int | str) for label in cast(list[object], value)
@@ -40,7 +54,28 @@ Groups = Annotated[dict[str, Any], AfterValidator(check_groups), Field(min_lengt
 Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
 
 
-class Training(Section):
+class Pace(Section):
+    """How a decomposable model is split, and how long and fast it trains."""
+
+    learngenes: Share = 0.5
+    """Components that every class uses: a share of each layer's rank, or a count."""
+    tailors: Share = 0.5
+    """Components of all tailor groups together, split evenly."""
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    measure_every: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    use_gpu: bool = False
+    threads: PositiveInt = 1
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
+
+
+class Training(Pace):
     """How a decomposable model is trained, or trained on from its learngenes."""
 
     task: Literal["text", "image", "tensor"] = "text"
@@ -57,24 +92,33 @@ class Training(Section):
     max_length: PositiveInt = 128
     start: Literal["random", "svd"] = "random"
     """Where factors start: at random, or the SVD of the base's projections."""
-    learngenes: Share = 0.5
-    """Components that every class uses: a share of each layer's rank, or a count."""
-    tailors: Share = 0.5
-    """Components of all tailor groups together, split evenly."""
     groups: Groups
     """Tailor group -> its labels, or -> further groups: a hierarchy. A label may be in several."""
-    steps: PositiveInt = 1000
-    batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat = 1e-3
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    measure_every: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
-    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
-    use_gpu: bool = False
-    threads: PositiveInt = 1
-    checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
+
+
+class Drawing(Pace):
+    """A diffusion transformer that learns to draw images of some classes."""
+
+    train: str = Field(min_length=1)
+    """A table of images of one size, in columns `image` (encoded) and `label` (integers)."""
+    test: str = ""
+    """A table like it whose denoising loss is measured, if there is one."""
+    classes: Annotated[dict[str, int], Field(min_length=1)]
+    """Name -> label, of those that are learnt."""
+    groups: Groups | None = None
+    """Tailor group -> its classes, or -> further groups; by default a group for each class."""
+    learngenes_of: str | None = None
+    """Folder of a trained model whose learngenes are carried over, and stand still."""
+    image_size: PositiveInt = 32
+    """Pixels of a side."""
+    channels: Literal[1, 3] = 3
+    patch: PositiveInt = 4
+    width: PositiveInt = 64
+    depth: PositiveInt = 3
+    heads: PositiveInt = 2
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    pictures: str = ""
+    """Folder for grids of samples, written every `measure_every` steps; empty writes none."""
 
 
 class Transfer(Training):
@@ -98,7 +142,7 @@ class Budget(Section):
 
     @model_validator(mode="after")
     def _one_unit(self) -> "Budget":
-        if len(self.model_fields_set) != 1:
+        if sum(value is not None for _, value in self) != 1:
             raise ValueError("budget: expected one of parameters, bytes, flops")
         return self
 
@@ -124,6 +168,8 @@ class KindRecipe(Section):
     """A merge recipe: the sources of a library stand in for a trained model."""
     store: str = "./svdmerge-store"
     train: Training | None = None
+    draw: Drawing | None = None
+    """Trained by `train` into `model`, if there is no `train` section."""
     recombine: Recombine | None = None
     transfer: Transfer | None = None
 
@@ -146,5 +192,10 @@ def parse_kind_recipe(raw: Mapping[str, Any], *, origin: str = "recipe") -> Kind
         KindRecipe,
         dict(raw),
         origin=origin,
-        sections={"train": Training, "transfer": Transfer, "recombine": Recombine},
+        sections={
+            "train": Training,
+            "draw": Drawing,
+            "transfer": Transfer,
+            "recombine": Recombine,
+        },
     )

@@ -14,13 +14,20 @@ from svdmerge.core.components import RankOneComponents
 from svdmerge.core.kind.blueprint import Blueprint, shaped
 from svdmerge.core.kind.gate import GateRows, gated
 from svdmerge.core.kind.layer import DecomposableLinear
-from svdmerge.core.kind.recombine import Chosen, Recombination, Stored, assembled, recombine
+from svdmerge.core.kind.recombine import (
+    Chosen,
+    Recombination,
+    Stored,
+    assembled,
+    least,
+    recombine,
+)
 from svdmerge.core.kind.replace import GATE, put
 from svdmerge.errors import RecipeError
-from svdmerge.kind.folder import called, plain
+from svdmerge.kind.folder import called, fill, plain
 from svdmerge.kind.recipe import Budget
 
-ITEM_BYTES = 4  # everything in the store is float32
+ITEM_BYTES = 4  # layers are stored, and come back, in float32
 NUM_RUNS = 15  # an odd number: the median is one of them
 
 
@@ -82,18 +89,18 @@ def recombined(
     Raises:
         RecipeError: a class is unknown, or the budget is below the learngenes alone.
     """
-    rest, blueprint = parts.rest(), parts.blueprint
+    rest, blueprint, layers = parts.rest(), parts.blueprint, parts.layers()
     bases = [f"{path}.base" for path in blueprint.based]
-    others = {name: value for name, value in rest.items() if name not in bases}
-    chosen = recombine(
-        parts.layers(),
-        gate=blueprint.gate,
-        classes=classes,
-        budget=None if budget is None else layer_parameters(budget, others),
-    )
+    others = [value for name, value in rest.items() if name not in bases]
+    limit = None
+    if budget is not None:
+        blueprint.gate.of(classes)  # that a class is unknown is told first
+        limit = layer_parameters(budget, others, least=least(layers))
+    chosen = recombine(layers, gate=blueprint.gate, classes=classes, budget=limit)
     model = _put_together(parts, chosen, rest=rest)
     linear = [p for p in chosen.layers if isinstance(model.get_submodule(p), nn.Linear)]
-    return replace(blueprint.of(model), linear=tuple(linear)), model, chosen
+    linear = (*blueprint.linear, *linear)  # those of an earlier recombination stay
+    return replace(blueprint.of(model), linear=linear), model, chosen
 
 
 def whole(parts: Parts) -> nn.Module:
@@ -116,27 +123,32 @@ def _put_together(parts: Parts, chosen: Recombination, *, rest: Mapping[str, Ten
     model.add_module(GATE, GateRows(chosen.gate))
     bases = {f"{path}.base" for path in parts.blueprint.based}  # these are in their layers
     state = {name: value for name, value in rest.items() if name not in bases}
-    model.load_state_dict(model.state_dict() | state)
+    fill(model, model.state_dict() | state, builder=parts.blueprint.model)
     return model.eval()
 
 
-def layer_parameters(budget: Budget, rest: Mapping[str, Tensor]) -> int:
+def layer_parameters(budget: Budget, rest: Sequence[Tensor], *, least: int) -> int:
     """The budget as parameters of the decomposed layers, what else the model has taken off.
 
     Raises:
-        RecipeError: nothing is left of it.
+        RecipeError: it is below what every class needs, `least` parameters of layers and the rest.
     """
-    if budget.flops is not None:
-        return budget.flops // 2  # a multiplication and an addition for each, per token
-    others = sum(value.numel() for value in rest.values())
-    total = budget.parameters or (budget.bytes or 0) // ITEM_BYTES
-    if total <= others:
+    unit, limit = next((name, value) for name, value in budget if value is not None)
+    # Of FLOPs, a multiplication and an addition for each parameter, per token.
+    each = {"parameters": 1, "bytes": ITEM_BYTES, "flops": 2}[unit]
+    others = {
+        "parameters": sum(value.numel() for value in rest),
+        "bytes": sum(value.nbytes for value in rest),
+        "flops": 0,
+    }[unit]
+    if limit < others + each * least:
+        beside = f"; embeddings, norms, biases and heads alone {others:,}" if others else ""
         raise RecipeError(
-            f"budget: {total:,} parameters",
-            f"Embeddings, norms, biases and heads alone take {others:,}.",
-            f"Raise the budget above {others:,}.",
+            f"budget: {limit:,} {unit}",
+            f"Learngenes alone take {each * least:,}{beside}. Every class needs all of that.",
+            f"Raise it to {others + each * least:,} at least, or train with fewer learngenes.",
         )
-    return total - others
+    return (limit - others) // each
 
 
 def compared(

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from svdmerge.core.components import RankOneComponents
+from svdmerge.core.kind.blueprint import Blueprint
+from svdmerge.errors import StoreError
 from svdmerge.kind.folder import Model
 from svdmerge.storage.decomposed import Layer, Place, StoredModel, put_decomposed
 from svdmerge.storage.filesystem import Folder
@@ -59,6 +61,17 @@ def layer_of(model: Model, path: str) -> Layer:
 
 
 def stored(store: Folder, model: Model) -> StoredModel:
-    """A model as it lies in the store, put there now if it is not yet."""
+    """A model as it lies in the store, put there now if it is not yet.
+
+    Raises:
+        StoreError: another blueprint lies there, which would build something else.
+    """
     split(store, model)  # what is committed stays, and what was lost heals
-    return StoredModel.load(store, place_of(model))
+    found = StoredModel.load(store, place_of(model))
+    if found.blueprint != Blueprint.from_json(model.blueprint.to_json()):
+        raise StoreError(
+            f"{store.uri}: the blueprint of {place_of(model).source} is not the model's",
+            "Its place follows from its content, so the store was changed.",
+            "Give another `store`.",
+        )
+    return found

@@ -15,11 +15,12 @@ from svdmerge.core.kind.gate import ClassGate, from_hierarchy, gate_of, gate_row
 from svdmerge.core.kind.replace import Spec, decomposable
 from svdmerge.errors import RecipeError
 from svdmerge.kind.folder import Model, as_example, check_free, plain, write
-from svdmerge.kind.recipe import Training, Transfer
+from svdmerge.kind.recipe import Pace, Training, Transfer
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import Checkpoint, open_checkpoint
 from svdmerge.storage.decomposed import Place, StoredModel
 from svdmerge.storage.filesystem import Folder
+from svdmerge.training.adapter import absolute
 from svdmerge.training.backbone import Backbone, build_backbone, load_weights
 from svdmerge.training.checkpointing import State
 from svdmerge.training.data import Target, load_target
@@ -31,6 +32,7 @@ from svdmerge.training.kind.transfer import FACTORS, carry, freeze, num_trainabl
 
 # Inputs of the batch that a model's cost is measured on.
 EXAMPLE_ROWS = 8
+HEAD = "head."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,7 @@ def train(
     check_free(out)
     base = open_checkpoint(config.base_model)
     target = load_target(data_config(config), base=base)
-    opener = partial(open_classification, config, learngenes=learngenes)
+    opener = partial(open_classification, _anywhere(config), learngenes=learngenes)
     objective = opened(config, base=base, target=target, learngenes=learngenes)
     model = objective.model()
     frozen = learngenes is not None and _freezes(config)
@@ -132,6 +134,13 @@ def train(
     )
     write(out, at_rest, result=result.to_json())
     return result
+
+
+def _anywhere(config: Training) -> Training:
+    """The configuration with places as every process understands them: workers have another
+    working directory."""
+    named = ("base_model", "train", "test")
+    return config.model_copy(update={name: absolute(getattr(config, name)) for name in named})
 
 
 def _freezes(config: Training) -> bool:
@@ -175,7 +184,9 @@ def opened(
     decomposable(model, spec)
     if learngenes is not None:
         state, sizes = learngenes.state()
-        carried = carry(model, state=state, learngenes=sizes)
+        # The head stays new even where there are as many labels as before: they mean others.
+        body = {name: value for name, value in state.items() if not name.startswith(HEAD)}
+        carried = carry(model, state=body, learngenes=sizes)
         if _freezes(config):
             freeze(model, carried=carried)
     return Classification(model, train=target.train, test=target.test)
@@ -190,25 +201,25 @@ def gate_of_labels(groups: dict[str, Any], *, names: tuple[str, ...] = ()) -> Cl
     found = from_hierarchy(groups)
     pairs = zip(found.classes, found.uses, strict=True)
     uses = {label: [found.groups[g] for g in own] for label, own in pairs}
-    if names:
-        order = list(names)
-    elif all(label.isdigit() for label in uses):
-        order = [str(i) for i in range(1 + max(int(label) for label in uses))]
-    else:
-        wrong = next(label for label in uses if not label.isdigit())
-        raise RecipeError(
-            f"groups: {wrong!r} is no label", "Labels are numbers from 0.", "Correct `groups`."
-        )
-    if unknown := [label for label in uses if label not in order]:
+    if unknown := [label for label in uses if names and label not in names]:
         raise RecipeError(
             f"groups: {unknown[0]!r} is no class of the examples",
-            f"They have {', '.join(order[:10])}.",
+            f"They have {', '.join(names[:10])}.",
             "Correct `groups`.",
         )
-    return gate_of({label: uses.get(label, []) for label in order})
+    if names:
+        return gate_of({label: uses.get(label, []) for label in names})
+    # Not isdigit, which takes superscripts too; and 01 would be another name of 1.
+    if wrong := [x for x in uses if not x.isdecimal() or str(int(x)) != x]:
+        raise RecipeError(
+            f"groups: {wrong[0]!r} is no label", "Labels are numbers from 0.", "Correct `groups`."
+        )
+    # One more than there are labels shows the first gap, however large a label is.
+    num = min(1 + max(map(int, uses)), 1 + len(uses))
+    return gate_of({str(i): uses.get(str(i), []) for i in range(num)})
 
 
-def settings_of(config: Training) -> Settings:
+def settings_of(config: Pace) -> Settings:
     """How training goes."""
     names = Settings.__dataclass_fields__.keys() & type(config).model_fields.keys()
     return Settings(**{name: getattr(config, name) for name in names})

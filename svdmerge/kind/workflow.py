@@ -11,7 +11,8 @@ from svdmerge.kind import folder
 from svdmerge.kind import recombine as recombining
 from svdmerge.kind import split as splitting
 from svdmerge.kind import train as training
-from svdmerge.kind.recipe import KindRecipe, Recombine, Training
+from svdmerge.kind.diffusion import DiffusionResult, diffusion_of, train_diffusion
+from svdmerge.kind.recipe import Drawing, KindRecipe, Pace, Recombine
 from svdmerge.kind.recombine import Parts, RecombineResult
 from svdmerge.kind.split import SplitResult
 from svdmerge.kind.train import Learngenes, TrainResult
@@ -28,6 +29,37 @@ def train(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -> T
     with _steps(recipe.train, progress, "train") as on_step, open_runtime(address):
         return training.train(
             recipe.train, out=out, store=store, use_ray=address != "none", on_step=on_step
+        )
+
+
+def draw(
+    recipe: KindRecipe, config: Drawing, *, address: str, progress: Progress = SILENT
+) -> DiffusionResult:
+    """Train the model of a `draw` section into `model`. Raises: as `train_diffusion`."""
+    out, store = Folder.at(recipe.model), Folder.at(recipe.store)
+    folder.check_free(out)
+    learngenes = None
+    if config.learngenes_of is not None:
+        place = Folder.at(config.learngenes_of)
+        if place == out:
+            raise RecipeError(
+                f"draw.learngenes_of: {out.uri} is `model`",
+                "It would be replaced by what is made of it.",
+                "Give another `model`.",
+            )
+        model = folder.read(place)
+        splitting.split(store, model)
+        learngenes = Learngenes(store=store, place=splitting.place_of(model))
+    with _steps(config, progress, "draw") as on_step, open_runtime(address):
+        return train_diffusion(
+            diffusion_of(config),
+            settings=training.settings_of(config),
+            names=list(config.classes),
+            out=out,
+            store=store,
+            use_ray=address != "none",
+            on_step=on_step,
+            learngenes=learngenes,
         )
 
 
@@ -56,6 +88,12 @@ def recombine(recipe: KindRecipe) -> RecombineResult:
         parts = library_parts(recipe.library, chosen=wanted.classes, together=wanted.together)
         example = folder.as_example(example_inputs(parts.blueprint.config["config"]))
         return _recombined(parts, parts.classes, wanted=wanted, example=example, out=out)
+    if wanted.together:
+        raise RecipeError(
+            "recombine.together: there is no `library`",
+            "A trained model's classes are never on together: its gate tells them apart.",
+            "Remove it, or name a library.",
+        )
     model = _model(recipe)
     stored = splitting.stored(Folder.at(recipe.store), model)
     return _recombined(stored, wanted.classes, wanted=wanted, example=model.example, out=out)
@@ -108,7 +146,7 @@ def transfer(recipe: KindRecipe, *, address: str, progress: Progress = SILENT) -
 
 
 @contextlib.contextmanager
-def _steps(config: Training, progress: Progress, name: str) -> Generator[Callable[[int], None]]:
+def _steps(config: Pace, progress: Progress, name: str) -> Generator[Callable[[int], None]]:
     """A bar over training steps, advanced to the step that is told."""
     with progress.stage(name, config.steps) as bar:
         done = 0

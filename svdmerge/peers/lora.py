@@ -1,10 +1,12 @@
 """LoRA and LoRA-XS with ranks that fit a number of trained values."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from svdmerge.core.svd import exact, seed_of
 from svdmerge.peers.space import Weights, WeightSpace, taken
@@ -87,6 +89,27 @@ class Lora(WeightSpace):
     def frozen(self) -> Iterable[Tensor]:
         """W_0."""
         return self._start.values()
+
+
+class WithLora(nn.Module):
+    """A model with LoRA on some of its weights, ranks such that it has at most so many values.
+
+    What else of the model trains is as its parameters say.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, names: Sequence[str], num_values: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.model = model
+        weights = {name: model.get_parameter(name) for name in names}
+        ranks = ranks_within(num_values, weights=weights, names=list(names), cost=lora_cost)
+        self._space = Lora(weights, ranks=ranks, seed=seed)
+        self.values = nn.ParameterList(self._space.values())
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the model returns."""
+        return functional_call(self.model, self._space.weights(), inputs)
 
 
 class LoraXs(WeightSpace):

@@ -1,6 +1,7 @@
 """Looking after a store: what it holds, whether it is whole, and removing orphans."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,11 +84,18 @@ def collect_garbage(store: Folder, *, grace_s: float = GRACE_S) -> list[str]:
     factors = [p for p in store.find("runs") if f"{FACTORS}/" in p and p.endswith(".arrow")]
     scratch = store.find("scratch")  # of drivers that were killed
     for path in sorted({*store.find("components"), *factors, *partial, *scratch}):
-        age_s = time.time() - store.fs.modified(store.path(path)).timestamp()
-        if path not in named and age_s >= grace_s:
+        if path not in named and _age_s(store, path) >= grace_s:
             store.remove(path)
             removed.append(path)
     return removed
+
+
+def _age_s(store: Folder, path: str) -> float:
+    """Seconds since a file was written; below zero if a driver has just removed it."""
+    try:
+        return time.time() - store.fs.modified(store.path(path)).timestamp()
+    except FileNotFoundError:
+        return -math.inf
 
 
 def _commit_paths(store: Folder) -> list[str]:

@@ -67,7 +67,7 @@ class ImageReader:
         Raises:
             TrainingError: the file cannot be read, or Pillow cannot decode it.
         """
-        image = _decode(_encoded(item, folder=folder, place=place), mode=self._mode, place=place)
+        image = decoded(_encoded(item, folder=folder, place=place), mode=self._mode, place=place)
         if self._processor is not None:
             found = self._processor(
                 images=image, do_rescale=False, do_normalize=False, return_tensors="np"
@@ -127,7 +127,8 @@ def _encoded(item: object, *, folder: Folder, place: str) -> bytes:
         ) from error
 
 
-def _decode(data: bytes, *, mode: str, place: str) -> Any:
+def decoded(data: bytes, *, mode: str, place: str) -> Any:
+    """A Pillow image, upright. Raises: TrainingError, if Pillow cannot decode it."""
     pillow = _pillow()
     from PIL import ImageOps
 

@@ -203,6 +203,16 @@ def test_values_vectors_and_residuals_are_the_matrixs(kind: str) -> None:
         assert torch.all((vectors.T @ vectors - identity).abs() <= 1e-4)
 
 
+def test_the_smallest_values_an_exact_solver_finds_have_the_matrixs_vectors_too() -> None:
+    """They are as small as what rounding leaves along the components that were known."""
+    delta = matrix(torch.logspace(0, -13.2, 54, dtype=torch.float64), seed=1)
+    stored, block = filled(delta, num_blocks=2)
+    assert (block.solver, len(stored) > 50) == (EXACT, True)
+    c = block.components
+    for residual in (delta @ c.vh.T - c.u * c.s, delta.T @ c.u - c.vh.T * c.s):
+        assert torch.linalg.vector_norm(residual, dim=0).max() <= 1e-5
+
+
 def test_a_matrix_of_low_rank_is_found_whole_and_nothing_after_it() -> None:
     stored, block = filled(matrix(leading([3.0, 2.0, 1.0]), seed=1), num_blocks=3)
     assert len(stored) == 3
@@ -214,6 +224,39 @@ def test_a_matrix_of_low_rank_in_float32_is_not_called_whole_beyond_its_rounding
     block = block_of(delta)
     assert len(block.components) == 3
     assert float(torch.linalg.svdvals(delta.double())[3]) <= block.bound <= 1e-5
+
+
+def test_where_lapack_fails_one_solver_the_next_one_takes_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")  # pyright: ignore[reportPrivateImportUsage]
+
+    delta = matrix(power(0.8), seed=1)
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    nothing = none(*delta.shape)
+    for first in (nothing, exact_block(delta, stored=nothing).components.slice(0, 5)):
+        block = block_of(delta, first.to(torch.float32))
+        assert (block.solver, block.bound) == (EXACT, 0.0)
+        assert torch.all((block.components.s - power(0.8)[len(first) :]).abs() <= 1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-5, 1e12, 1e30])
+def test_no_scale_costs_a_digit(scale: float) -> None:
+    """Differences of layers that were all but frozen have values whose squares, or the residuals
+    beside them, are no normal numbers of float32."""
+    delta = matrix(power(0.8), seed=1)
+    for block in (
+        block_of(scale * delta),
+        first_blocks(
+            torch.stack([scale * delta, delta]), parameters=["x", "y"],
+            fros=[f * float(torch.linalg.vector_norm(delta)) for f in (scale, 1.0)],
+        )[0],
+    ):  # fmt: skip
+        values = power(0.8)[: len(block.components)] * scale
+        assert len(block.components) == WIDTH
+        assert torch.all((block.components.s - values).abs() <= 1e-7 * scale)
+        assert float(power(0.8)[WIDTH]) <= block.bound / scale <= 1.3 * float(power(0.8)[WIDTH])
 
 
 def test_zero_has_no_components() -> None:

@@ -169,6 +169,26 @@ def test_what_was_committed_before_a_driver_was_killed_is_kept(tmp_path: Path) -
     assert outcome(bench.out) == resumed
 
 
+@pytest.mark.parametrize("kind", ["power law", "noise"])
+@pytest.mark.parametrize("held_first", [True, False])
+def test_what_was_stored_of_a_matrix_held_whole_goes_on_by_rows_and_the_other_way_round(
+    tmp_path: Path, kind: str, held_first: bool
+) -> None:
+    noise = torch.randn(340, 200, generator=torch.Generator().manual_seed(1)).double() / 32
+    bench = models(
+        tmp_path, [matrix(power(200), m=340, n=200, seed=1) if kind != "noise" else noise]
+    )
+    order = [{}, RESOURCES] if held_first else [RESOURCES, {}]
+    for k, resources in zip((24, 60), order, strict=True):
+        bench.run(**resources, parameters={"k": k}, out=str(tmp_path / f"out-{k}"))
+    stored, exact = committed(bench.plan(**K))[0], differences(bench)[0]
+    found, values = stored.read(NAME, range(60)), torch.linalg.svdvals(exact)
+    assert stored.depth(NAME) >= 60
+    assert torch.all((found.s.double() - values[:60]).abs() <= 1e-5 * values[0])
+    residuals = exact @ found.vh.double().T - found.u.double() * found.s.double()
+    assert torch.all(torch.linalg.vector_norm(residuals, dim=0) <= 1e-4 * values[0])
+
+
 def test_a_pass_reads_the_tensors_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = falling(tmp_path, num_sources=1)
     plan, read = bench.plan(**RESOURCES, **K), list[int]()

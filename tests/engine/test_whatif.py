@@ -1,6 +1,7 @@
 """What-if and selection: what is kept at a budget, from stored spectra alone."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,14 @@ from merging import (
 
 from svdmerge.engine.decompose import load_source
 from svdmerge.engine.whatif import asked, whatif
-from svdmerge.engine.winners import Listed, Winners, all_values, select_matrix
+from svdmerge.engine.winners import (
+    Listed,
+    Winners,
+    all_values,
+    select_matrix,
+    short_of,
+    unlisted_bound,
+)
 from svdmerge.errors import RecipeError, StoreError
 from svdmerge.storage.shards import Spectrum
 
@@ -85,6 +93,31 @@ def test_overlapping_records_of_a_matrix_are_read_as_one_list() -> None:
     assert all_values([first, replace(second, first=2)]).tolist() == [4, 3, 2, 1]
     # A gap ends the list: what lies beyond cannot be a prefix.
     assert all_values([first, replace(second, first=5)]).tolist() == [4, 3, 2]
+
+
+def test_a_bound_beyond_a_gap_says_nothing_of_what_was_lost() -> None:
+    """Else a source that lost a block would be taken for known to where the one after it ends."""
+    from dataclasses import replace
+
+    first = listed("a", [4, 3, 2], bound=1.9).spectra[0]
+    second, third = (
+        replace(first, first=n, s=np.array(s, np.float32), bound=b)
+        for n, s, b in ((3, [1.8, 1.6], 1.5), (5, [1.4], 0.1))
+    )
+    assert unlisted_bound([first, second, third]) == 0.1
+    assert unlisted_bound([first, third]) == 1.9
+    assert unlisted_bound([second, third]) == first.fro
+    # What was found again of an exact solver's list, and what it found nothing after.
+    whole = replace(second, s=np.array([1.8, 1.6, 1.4, 0.1], np.float32), bound=0.0)
+    assert unlisted_bound([first, whole, third]) == 0.0
+    assert unlisted_bound([first, replace(first, first=3, s=first.s[:0], bound=0.0)]) == 0.0
+    other = listed("b", [1.7, 1.0])
+    damaged = replace(other, source="damaged", sha256="a", spectra=[first, third])
+    stored = {other.source: 2, "damaged": 3}
+    sources = [
+        source for source, _ in short_of([damaged, other], stored=stored, salience="sigma", k=4)
+    ]
+    assert sources == ["damaged"]
 
 
 @pytest.mark.parametrize("salience", ["sigma", "relative"])
@@ -225,7 +258,7 @@ def test_a_subset_of_sources_another_salience_and_scope_are_what_a_run_of_them_k
     ],
 )
 def test_a_wrong_question_is_refused_by_name(
-    tmp_path: Path, question: dict[str, list[str]], told: str
+    tmp_path: Path, question: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(RecipeError, match=told):
         asked(tiny_bench(tmp_path).plan(), **question)

@@ -13,9 +13,12 @@ from svdmerge.storage.filesystem import Folder
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_two_workers_end_with_the_numbers_of_one_process(tmp_path):
+def test_two_workers_end_with_the_numbers_of_one_process(tmp_path, monkeypatch):
     # Batches of 15: the workers' parts differ in size, the last one's are of 5 and 5.
     raw = task(tmp_path, steps=12, batch_size=15)
+    # Places relative to where the command runs, which is not where workers do.
+    monkeypatch.chdir(tmp_path)
+    raw["train"] |= {"base_model": "base", "train": "train.parquet", "test": "./test.parquet"}
     states, curves = [], []
     for address, workers in (("none", 1), ("local", 2)):
         own = {"model": str(tmp_path / address), "store": str(tmp_path / f"{address}-store")}

@@ -94,6 +94,26 @@ def test_a_budget_bounds_what_is_kept(trained, unit):
     assert {"parameters": total, "bytes": 4 * total, "flops": 2 * own}[unit] <= limit
 
 
+def test_a_recombined_model_can_be_recombined_again(trained):
+    path, raw, _ = trained
+    expected = outputs(model_in(path / "model"), path / "model", "0")
+    # Of two classes of one superclass no gate is left; of two superclasses some layers have it.
+    for source, first, classes in (
+        ("alike", ["0", "2"], ["0"]),
+        ("pair", ["0", "1"], ["0", "1"]),
+    ):
+        first = {"classes": first, "out": str(path / source)}
+        workflow.recombine(parse_kind_recipe(raw | {"recombine": first}))
+        again = {"classes": classes, "out": str(path / f"{source}-again")}
+        wanted = raw | {"model": str(path / source), "recombine": again}
+        result = workflow.recombine(parse_kind_recipe(wanted))
+        assert result.gated == (source == "pair")
+        found = outputs(model_in(path / f"{source}-again"), path / "model", "0")
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        was, now = (folder.read(Folder.at(p)).blueprint for p in (path / source, again["out"]))
+        assert (was.layers, was.based, set(was.linear)) == (now.layers, now.based, set(now.linear))
+
+
 def test_transfer_keeps_learngenes_and_trains_tailors_beside_them(trained):
     path, raw, _ = trained
     result = workflow.transfer(parse_kind_recipe(raw), address="none")
@@ -114,6 +134,22 @@ def test_transfer_with_nothing_frozen_moves_learngenes_too(trained):
     old, new = layers_of(model_in(path / "model")), layers_of(model_in(path / "free"))
     assert all(not torch.equal(x.u[:, :8], old[name].u[:, :8]) for name, x in new.items())
     assert result.num_trained == result.num_parameters
+
+
+def test_as_many_new_labels_as_before_get_a_new_head(trained):
+    path, raw, _ = trained
+    own = {"groups": {"all": [0, 1, 2, 3]}, "seed": 5, "steps": 1, "out": str(path / "as-many")}
+    wanted = section(path, **own, learning_rate=1e-9)
+    workflow.transfer(parse_kind_recipe(raw | {"transfer": wanted}), address="none")
+    old, new = (folder.read(Folder.at(path / p)).state for p in ("model", "as-many"))
+    assert old["head.weight"].shape == new["head.weight"].shape
+    assert (old["head.weight"] - new["head.weight"]).abs().max() > 0.1
+    frozen = "backbone.patch_embed.weight"
+    assert torch.equal(old[frozen], new[frozen])
+    wanted |= {"learning_rate": 0.1, "out": str(path / "as-many-moved")}
+    workflow.transfer(parse_kind_recipe(raw | {"transfer": wanted}), address="none")
+    moved = folder.read(Folder.at(path / "as-many-moved")).state
+    assert (moved["head.weight"] - new["head.weight"]).abs().min() > 0.01  # it trains
 
 
 @pytest.mark.parametrize(
@@ -140,8 +176,10 @@ def test_what_does_not_fit_is_told_before_training(trained, tmp_path, change, to
     ("wanted", "told"),
     [
         ({"classes": ["7"]}, "'7': unknown to the gate"),
-        ({"classes": ["0"], "budget": {"parameters": 2300}}, "learngenes alone"),
-        ({"classes": ["0"], "budget": {"parameters": 10}}, "Embeddings, norms, biases"),
+        ({"classes": ["0"], "budget": {"parameters": 2300}}, "Raise it to 2,420 at least"),
+        ({"classes": ["0"], "budget": {"bytes": 10}}, "biases and heads alone 2,448"),
+        ({"classes": ["0"], "budget": {"flops": 3615}}, "3,615 flops\nLearngenes alone take 3,616"),
+        ({"classes": ["9"], "budget": {"flops": 1}}, "'9': unknown to the gate"),
         ({"classes": ["0"], "out": "{model}"}, "is `model`"),
     ],
 )

@@ -58,7 +58,10 @@ def library(tmp_path_factory) -> Path:
         source(i).save_pretrained(path / name)
     recipe = {
         "base_model": str(path / "base"),
-        "models": [str(path / name) for name in NAMES],
+        # Weights are of merging: what a source is as a class does not depend on one.
+        "models": [
+            {"model": str(path / name), "weight": 0.5 if name == "c" else 1.0} for name in NAMES
+        ],
         "parameters": {"k": 3},
         "policies": [{"match": "pooler.*", "policy": "base"}],
         "store": str(path / "store"),
@@ -94,6 +97,7 @@ def expected(path, model):
 def test_what_all_share_becomes_one_learngene_a_matrix_and_the_store_verifies(library, split):
     assert split.num_layers == split.num_learngenes == 6
     assert verify(Folder.at(library / "store")) == []
+    assert sum("its weight does not count" in note for note in split.notes) == 1
 
 
 def test_recombined_for_one_source_the_library_is_that_source(library, split):

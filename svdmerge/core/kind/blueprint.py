@@ -1,6 +1,6 @@
 """How a decomposable model is put together again: plain values beside its tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from svdmerge.core.components import RankOneComponents
+from svdmerge.core.factored import linear_of
 from svdmerge.core.kind.gate import ClassGate, GateRows, gate_rows
 from svdmerge.core.kind.layer import DecomposableLinear
 from svdmerge.core.kind.replace import GATE, layers_of, put
 from svdmerge.core.kind.start import groups_of
+from svdmerge.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,20 +39,28 @@ class Blueprint:
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> "Blueprint":
-        """The blueprint of plain values. Raises: KeyError, TypeError, if they are none."""
-        gate = raw["gate"]
+        """The blueprint of plain values, which may come from anywhere.
+
+        Raises: KeyError, TypeError, ValueError, if they are none.
+        """
+        gate = ClassGate(
+            classes=tuple(map(str, raw["gate"]["classes"])),
+            groups=tuple(map(str, raw["gate"]["groups"])),
+            uses=tuple(tuple(map(int, own)) for own in raw["gate"]["uses"]),
+        )
+        places = range(len(gate.groups))
+        used = [g for own in gate.uses for g in own]
+        twice = len({*gate.classes}) < len(gate.classes)
+        if twice or len(gate.uses) != len(gate.classes) or not all(g in places for g in used):
+            raise ValueError("the gate's classes, groups and uses do not fit")
         return Blueprint(
-            model=raw["model"],
-            config=raw["config"],
-            gate=ClassGate(
-                classes=tuple(gate["classes"]),
-                groups=tuple(gate["groups"]),
-                uses=tuple(tuple(own) for own in gate["uses"]),
-            ),
-            layers={path: tuple(sizes) for path, sizes in raw["layers"].items()},
+            model=str(raw["model"]),
+            config=dict(raw["config"]),
+            gate=gate,
+            layers={path: tuple(map(int, own)) for path, own in dict(raw["layers"]).items()},
             based=tuple(raw["based"]),
             linear=tuple(raw["linear"]),
-            about=raw["about"],
+            about=dict(raw["about"]),
         )
 
     def of(self, model: nn.Module) -> "Blueprint":
@@ -82,17 +92,19 @@ def shaped(model: nn.Module, blueprint: Blueprint) -> nn.Module:
 
 
 def shape_of(model: nn.Module, path: str) -> tuple[int, int, Tensor | None]:
-    """Outputs, inputs and bias of a linear layer, also of one that is stored transposed."""
-    layer = model.get_submodule(path)
+    """Outputs, inputs and bias of a linear layer, also of one that is stored transposed.
+
+    Raises:
+        TrainingError: there is none at that path.
+    """
+    layer = dict(model.named_modules()).get(path)
     if isinstance(layer, DecomposableLinear):
         return layer.out_features, layer.in_features, layer.bias
-    weight = layer.get_parameter("weight")
-    m, n = weight.shape if isinstance(layer, nn.Linear) else weight.T.shape
-    bias: Tensor | None = getattr(layer, "bias", None)
-    return m, n, bias
-
-
-def rest_of(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
-    """The state without the factors of the layers at these paths; their biases belong to it."""
-    factors = {f"{path}.{name}" for path in paths for name in ("u", "s", "vh")}
-    return {name: value for name, value in model.state_dict().items() if name not in factors}
+    linear = linear_of(model, f"{path}.weight")
+    if linear is None:
+        raise TrainingError(
+            f"{path}: is no linear layer of {type(model).__name__}",
+            "The blueprint says that it was one.",
+            "Use the version of its package that the model was trained with.",
+        )
+    return linear.out_features, linear.in_features, linear.bias

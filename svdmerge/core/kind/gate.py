@@ -48,10 +48,15 @@ class ClassGate:
             RecipeError: a class is unknown, or none is given.
         """
         kept = sorted({self.index(name) for name in classes})
+        if not kept:
+            raise RecipeError("no class is named", "", "Name at least one.")
         groups = sorted({g for i in kept for g in self.uses[i]})
-        return gate_of({
-            self.classes[i]: [self.groups[g] for g in self.uses[i]] for i in kept
-        }, groups=[self.groups[g] for g in groups])  # fmt: skip
+        # Not by `gate_of`: where all share their groups, as in recombined models, none is left.
+        return ClassGate(
+            classes=tuple(self.classes[i] for i in kept),
+            groups=tuple(self.groups[g] for g in groups),
+            uses=tuple(tuple(groups.index(g) for g in self.uses[i]) for i in kept),
+        )
 
 
 def gate_of(uses: Mapping[str, Sequence[str]], *, groups: Sequence[str] | None = None) -> ClassGate:

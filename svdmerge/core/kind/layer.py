@@ -97,7 +97,8 @@ class DecomposableLinear(nn.Module):
                 "Which tailors a sample uses follows from its class.",
                 "Run the model inside `with gated(model, classes):`.",
             )
-        scales = self.s * self.mask
+        # A gate is of float32; a product with it would make a half-precision layer's input that.
+        scales = self.s * self.mask.to(self.s.dtype)
         if scales.dim() == 1:
             return scales
         if scales.shape[0] != x.shape[0]:

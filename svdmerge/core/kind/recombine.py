@@ -90,6 +90,11 @@ def _without(gate: ClassGate, always: set[str]) -> ClassGate:
     return ClassGate(classes=gate.classes, groups=groups, uses=uses)
 
 
+def least(layers: Mapping[str, Stored]) -> int:
+    """Parameters of the layers with their learngenes alone."""
+    return sum(_size_of(layer, layer.sizes[0], 0) for layer in layers.values())
+
+
 def _wanted(layer: Stored, numbers: Mapping[int, int]) -> Iterator[tuple[int, int, bool]]:
     """(index, new group, whether it is a learngene) of the components that the classes use."""
     for index, group in enumerate(groups_of(layer.sizes)):
@@ -108,7 +113,7 @@ def _afford(
     for path, own in wanted.items():
         counts[path][0] = sum(learngene for _, _, learngene in own)
     held = {path: [(i, 0) for i, _, learngene in own if learngene] for path, own in wanted.items()}
-    size = sum(_size_of(layers[path], *counts[path]) for path in layers)
+    size = least(layers)
     if budget is not None and size > budget:
         raise RecipeError(
             f"budget: {budget:,} parameters for the decomposed layers",

@@ -17,16 +17,17 @@ from svdmerge.core.kind.start import at_random, even, from_matrix, groups_of
 from svdmerge.core.svd import seed_of
 from svdmerge.errors import RecipeError
 
-# Query, key, value, output and both MLP projections, as the last words of a module's path.
+# Query, key, value, output and both MLP projections, as the last words of a module's path. Those in
+# ..._proj are Llama's, CLIP's and BART's; attention.q and its like DiT's and timm's.
 _NAMES = re.compile(
     r"(^|\.)("
     r"attention\.(self|attention)\.(query|key|value)|attention\.output\.dense"  # BERT, ViT
     r"|(layers?\.\d+|layer\.\d+)\.((intermediate|output)\.dense|fc[12])"
     r"|attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj)"  # GPT-2; its c_attn is query, key and value
-    r"|(self_attn|attn|attention|encoder_attn|cross_attn)\.([qkvo]|out)_proj"  # Llama, CLIP, BART
-    r"|mlp\.(gate|up|down)_proj"
+    r"|(self_attn|attn|attention|encoder_attn|cross_attn)\.([qkvo]|out|qkv)_proj"
+    r"|mlp\.(gate|up|gate_up|down)_proj"
     r"|(SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo)"  # T5
-    r"|(attn|attention)\.([qkvo]|query|key|value|out(put)?|qkv|proj)"  # DiT, timm
+    r"|(attn|attention|self_attention)\.([qkvo]|query|key|value|out(put)?|qkv|query_key_value|proj)"
     r"|(attention)\.(q|k|v|out)_lin|ffn\.lin[12]"  # DistilBERT
     r"|(mlp|ffn)\.(fc[12]|up|down|in|out|0|2)"
     r")$"
@@ -51,8 +52,8 @@ class Spec:
 def decomposable(model: nn.Module, spec: Spec) -> dict[str, DecomposableLinear]:
     """The layers that took the projections' places, by path; the gate is now `model.class_gate`.
 
-    Replaced are the query, key, value, output and MLP projections: by the names that transformers
-    give them, or where none matches, by shape (see `projections`). Biases are kept.
+    Replaced are the query, key, value, output and MLP projections, found by the names that
+    transformers give them and by shape (see `projections`). Biases are kept.
 
     Raises:
         RecipeError: nothing to replace, ranks above a layer's, or fewer tailors than groups.
@@ -62,7 +63,7 @@ def decomposable(model: nn.Module, spec: Spec) -> dict[str, DecomposableLinear]:
     layers = {path: _decomposed(model, path, sizes=sizes[path], spec=spec) for path in paths}
     for path, layer in layers.items():
         put(model, path, layer)
-    model.add_module(GATE, GateRows(spec.gate))
+    model.add_module(GATE, GateRows(spec.gate).to(next(iter(layers.values())).s.device))
     return layers
 
 
@@ -104,8 +105,11 @@ def sizes_of(shape: tuple[int, int], *, spec: Spec, path: str) -> list[int]:
 
 
 def projections(model: nn.Module) -> list[str]:
-    """Paths of the projections, in the model's order: those that have a known name; else, in the
-    repeated blocks, those of the shapes (d, d) and (3d, d), and pairs (h, d) and (d, h).
+    """Paths of the projections, in the model's order: those that have a known name and, in the
+    repeated blocks, those of the shapes (d, d) and (3d, d), and pairs (h, d) and (d, h), where the
+    first may be of two halves (2h, d).
+
+    Both, for a family may name some of its projections as others do, and the rest its own way.
 
     Raises:
         RecipeError: there are none, or torch's own attention would read replaced weights.
@@ -118,7 +122,8 @@ def projections(model: nn.Module) -> list[str]:
                 "Use an attention with layers of its own for query, key, value and output.",
             )
     linear = [path for path, _ in model.named_modules() if path and _is_linear(model, path)]
-    if found := [path for path in linear if _NAMES.search(path)] or list(_by_shape(model, linear)):
+    shaped = set(_by_shape(model, linear))
+    if found := [path for path in linear if path in shaped or _NAMES.search(path)]:
         return found
     raise RecipeError(
         f"{type(model).__name__}: has no projection to replace",
@@ -139,7 +144,10 @@ def _by_shape(model: nn.Module, linear: list[str]) -> Iterator[str]:
         inside = {p: _shape(model, p) for p in linear if p.startswith(block)}
         widths = {m for m, n in inside.values() if m == n}
         for path, (m, n) in inside.items():
-            pair = (n, m) in inside.values() and (m in widths or n in widths)
+            # Of an MLP; or of a gated one, whose first holds both halves: then (m, n) is its second
+            # or its first. Not of (2d, d) and (d, d), which are no MLP.
+            partners = {(n, m), (2 * n, m)} | ({(n, m // 2)} if m != 2 * n else set())
+            pair = not partners.isdisjoint(inside.values()) and (m in widths or n in widths)
             if m == n or (m == 3 * n and n in widths) or pair:
                 yield path
 
@@ -179,5 +187,7 @@ def _start(
         m, n,
         num_components=sum(sizes),
         num_active=float(used.mean()),
+        # Of a layer that starts at zero, such as a branch that is switched off: nn.Linear's.
+        variance=float(weight.square().mean()) or None,
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip

@@ -12,17 +12,25 @@ from svdmerge.core.svd import exact
 
 
 def at_random(
-    m: int, n: int, *, num_components: int, num_active: float, generator: torch.Generator
+    m: int,
+    n: int,
+    *,
+    num_components: int,
+    num_active: float,
+    generator: torch.Generator,
+    variance: float | None = None,
 ) -> RankOneComponents:
-    """Components whose sum over the `num_active` that a class uses has entries of the variance
-    that nn.Linear's start has, 1 / (3 n), so that depth and learning rates of dense models fit.
+    """Components whose sum over the `num_active` that a class uses has entries of this variance:
+    that of the layer they replace, so that depth and learning rates of dense models fit; by default
+    nn.Linear's 1 / (3 n), which beside Xavier's cost a diffusion transformer 1 % of its loss.
 
     Columns of u and rows of vh have norm 1 in the mean, so s alone carries the scale: a sum of a
     terms has entry variance a s^2 / (m n).
     """
     u = torch.randn(m, num_components, generator=generator) / math.sqrt(m)
     vh = torch.randn(num_components, n, generator=generator) / math.sqrt(n)
-    s = torch.full((num_components,), math.sqrt(m / (3.0 * max(num_active, 1.0))))
+    variance = 1.0 / (3.0 * n) if variance is None else variance
+    s = torch.full((num_components,), math.sqrt(variance * m * n / max(num_active, 1.0)))
     return RankOneComponents(u=u, s=s, vh=vh)
 
 

@@ -3,11 +3,19 @@ import torch
 from kind_cases import GATE, Transformer
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModel,
     BertConfig,
+    CodeGenConfig,
+    DebertaV2Config,
     DistilBertConfig,
+    FalconConfig,
     GPT2Config,
+    GPTJConfig,
     LlamaConfig,
+    ModernBertConfig,
+    Phi3Config,
+    PhiConfig,
     T5Config,
     ViTConfig,
 )
@@ -57,6 +65,43 @@ def test_projections_of_known_transformers_are_found_by_name_and_the_model_still
     assert not any("pool" in path or "embed" in path for path in layers)
     with gated(model, "all"):
         torch.testing.assert_close(model(**inputs)[0], before, atol=1e-5, rtol=1e-4)
+
+
+NAMED_IN_PART = {
+    "phi": (PhiConfig(**SMALL, vocab_size=9), 6),
+    "phi3": (Phi3Config(**SMALL, num_key_value_heads=1, vocab_size=9, pad_token_id=0), 4),
+    "gptj": (GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=9), 6),
+    "codegen": (
+        CodeGenConfig(n_embd=16, n_layer=1, n_head=4, n_ctx=16, rotary_dim=2, vocab_size=9), 4
+    ),
+    "deberta": (DebertaV2Config(**SMALL, vocab_size=9), 6),
+    "albert": (AlbertConfig(**SMALL, embedding_size=8, vocab_size=9), 6),
+    "modernbert": (ModernBertConfig(**SMALL, vocab_size=9, pad_token_id=0), 4),
+    "falcon": (
+        FalconConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9), 4
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", NAMED_IN_PART)
+def test_where_names_tell_some_projections_shapes_tell_the_rest(family):
+    config, num = NAMED_IN_PART[family]
+    found = projections(AutoModel.from_config(config))
+    assert len(found) == num
+    assert not any("pool" in path or "embed" in path for path in found)
+
+
+def test_a_layer_to_two_widths_is_no_gated_mlp():
+    block = nn.ModuleDict({"a": nn.Linear(8, 8), "modulation": nn.Linear(8, 16)})
+    assert projections(nn.ModuleList([block])) == ["0.a"]
+
+
+def test_a_half_precision_model_stays_one_within_a_gate():
+    model = Transformer().to(torch.bfloat16)
+    decomposable(model, Spec(gate=TWO))
+    for classes in (torch.tensor([0, 1]), 1):
+        with gated(model, classes):
+            assert model(torch.ones(2, 5, 12, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_unknown_names_are_told_by_shape_and_modulation_is_left_alone():
