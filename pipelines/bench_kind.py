@@ -5,7 +5,8 @@
 
 TRAIN and TEST are tables of encoded 32 x 32 images and labels 0 to 9 (CIFAR-10's order), or both
 `digits`: scikit-learn's, 8 x 8. Models learn classes 0 to 6; 7 to 9 are novel. Everything is kept
-in OUT, so the same command resumes, and after the last seed prints all tables again. One thread.
+in OUT, so the same command resumes, and after the last seed prints all tables again. One thread;
+with --jobs as many processes, all on one GPU with --device cuda, make what tables read beforehand.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from svdmerge.comparison.kind.ahead import fill, with_best_rates
 from svdmerge.comparison.kind.diversion import matrices, old_losses, random_losses
 from svdmerge.comparison.kind.entrants import entrants
 from svdmerge.comparison.kind.explanations import explained
@@ -143,13 +145,18 @@ def main() -> None:
     parser.add_argument("--tailors", type=int, default=21)
     parser.add_argument("--rate", type=float, default=6e-3)
     parser.add_argument("--dense-rate", type=float, default=6e-3)
+    parser.add_argument("--rates", default="", help="learning rates to choose both from instead")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--parts", default="sizes,diversion,transfer,samples,explanations,likeness")
     args = parser.parse_args()
     study = Study(
         train=args.train, test=args.test, out=args.out, names=CIFAR_10, width=args.width,
         depth=args.depth, steps=args.steps, transfer_steps=args.transfer_steps,
         num_learngenes=args.learngenes, num_tailors=args.tailors, learning_rate=args.rate,
-        dense_rate=args.dense_rate,
+        dense_rate=args.dense_rate, batch_size=args.batch, heads=args.heads, device=args.device,
     )  # fmt: skip
     if args.train == "digits":
         train, test = write_digits(study.folder, num_train=1200)
@@ -160,6 +167,11 @@ def main() -> None:
     parts = args.parts.split(",")
     seeds = [int(seed) for seed in args.seeds.split(",")]
     one_thread()
+    if args.rates:
+        study = with_best_rates(study, [*map(float, args.rates.split(","))], num_jobs=args.jobs)
+        print(f"Learning rates: gated {study.learning_rate}, dense {study.dense_rate}.")
+    if args.jobs > 1:
+        fill(study, seeds, parts=parts, num_jobs=args.jobs)
     # Seed by seed, so that what is there early is whole.
     for so_far in (seeds[: i + 1] for i in range(len(seeds))):
         if "sizes" in parts:

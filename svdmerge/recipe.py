@@ -119,6 +119,8 @@ class Resources(Section):
     """What one task may use."""
 
     threads: PositiveInt = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where differences are decomposed: `cuda` takes a GPU of each worker that does."""
     memory: Bytes = 2 << 30
     max_matrix: Bytes = 128 << 20
     """Of a difference in float64 that one task may hold: larger matrices are decomposed in blocks

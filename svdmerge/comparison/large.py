@@ -88,7 +88,7 @@ class Watched:
         stage: str,
         progress: Progress,
         failed: Any = None,
-        num_gpus: int = 0,
+        num_gpus: float = 0,
     ) -> list[R]:
         """The task's results, in the order of the units."""
         found = self.inner.map(

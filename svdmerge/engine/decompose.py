@@ -17,6 +17,9 @@ from svdmerge.storage import layout
 from svdmerge.storage.layout import BLOCK
 from svdmerge.storage.manifest import Committed
 
+# Of a GPU that a task takes: while one of two reads, the other's matrices are decomposed.
+GPU_SHARE = 0.5
+
 
 def load_source(plan: Plan, source: Source) -> Committed:
     """What the store holds of a source."""
@@ -63,6 +66,7 @@ def _unit(
         name=f"decompose {source.reference} [{number + 1}/{len(plan.groups)}]",
         memory_bytes=unit_bytes(plan, [p for p, _ in wanted]),
         threads=plan.recipe.resources.threads,
+        device=plan.recipe.resources.device,
         store=plan.store,
         base_key=plan.base_key,
         revision=source.revision,
@@ -124,7 +128,10 @@ def _run(
     """Receipts of units: those a task may hold first, then the others, block of rows by block."""
     whole = [unit for unit in units if unit.block_rows is None]
     by_rows = [unit for unit in units if unit.block_rows is not None]
-    receipts = runtime.map(tasks.decompose, whole, stage="decompose", progress=progress)
+    receipts = runtime.map(
+        tasks.decompose, whole, stage="decompose", progress=progress,
+        num_gpus=GPU_SHARE if plan.recipe.resources.device == "cuda" else 0,
+    )  # fmt: skip
     if by_rows:
         receipts += decompose_by_rows(
             by_rows, memory_bytes=plan.recipe.resources.memory, runtime=runtime, progress=progress

@@ -30,6 +30,8 @@ from svdmerge.storage.source import open_source
 
 # Source bytes of one unit of work: a few seconds of SVD, and small matrices travel together.
 UNIT_BYTES = 32 << 20
+# On a GPU: matrices of one shape are decomposed together there, few and large products.
+GPU_UNIT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +257,9 @@ def unit_bytes(plan: Plan, parameters: Sequence[Parameter]) -> int:
         return by_rows_bytes(parameters[0], depth=plan.deepest(parameters[0]), block_rows=rows)
     stored = sum(stored_bytes(p, depth=plan.deepest(p)) for p in parameters)
     peak = max(decompose_bytes(p, depth=plan.deepest(p)) for p in parameters)
+    if plan.recipe.resources.device != "cpu":
+        # Read together: both tensors as they are, and decoded.
+        peak += 4 * sum(_base_bytes(plan, p) for p in parameters)
     return peak + 2 * stored
 
 
@@ -372,19 +377,24 @@ def _refuse_same_ids(parameters: Sequence[Parameter]) -> None:
 
 
 def _grouped(plan: Plan) -> Iterator[tuple[Parameter, ...]]:
-    """Parameters in runs of about UNIT_BYTES of the base's bytes; what no task may hold, alone."""
+    """Parameters in runs of about so many of the base's bytes; what no task may hold, alone."""
+    most = UNIT_BYTES if plan.recipe.resources.device == "cpu" else GPU_UNIT_BYTES
     group: list[Parameter] = []
     size = 0
     for parameter in plan.parameters:
-        ref = plan.base.tensors[parameter.tensor]
         alone = plan.block_rows(parameter) is not None
-        if group and (alone or size >= UNIT_BYTES):
+        if group and (alone or size >= most):
             yield tuple(group)
             group, size = [], 0
-        size += UNIT_BYTES if alone else parameter.numel * (ref.nbytes // max(1, ref.numel))
+        size += most if alone else _base_bytes(plan, parameter)
         group.append(parameter)
     if group:
         yield tuple(group)
+
+
+def _base_bytes(plan: Plan, parameter: Parameter) -> int:
+    ref = plan.base.tensors[parameter.tensor]
+    return parameter.numel * (ref.nbytes // max(1, ref.numel))
 
 
 def _check_memory(plan: Plan) -> None:
@@ -406,9 +416,9 @@ def _check_memory(plan: Plan) -> None:
         )
 
 
-def numerics_class(threads: int) -> str:
+def numerics_class(device: str, threads: int) -> str:
     """What bits may depend on, as far as headers tell: device kind, machine, torch, threads."""
-    return f"cpu/{platform.machine()}/torch-{version('torch')}/threads-{threads}"
+    return f"{device}/{platform.machine()}/torch-{version('torch')}/threads-{threads}"
 
 
 def _hash(
@@ -421,7 +431,7 @@ def _hash(
         "actions": actions,
         "sources": [(s.revision, s.weight, s.quota) for s in sources],
         "recipe": recipe.numeric_digest(),
-        "numerics": numerics_class(recipe.resources.threads),
+        "numerics": numerics_class(recipe.resources.device, recipe.resources.threads),
         "schema": layout.SCHEMA_VERSION,
     }
     if recipe.is_targeted and recipe.tune is not None:

@@ -54,7 +54,7 @@ class Runtime(Protocol):
         stage: str,
         progress: Progress,
         failed: Callable[[U, SvdmergeError], R] | None = None,
-        num_gpus: int = 0,
+        num_gpus: float = 0,
     ) -> list[R]:
         """The task's results, in the order of the units.
 
@@ -123,10 +123,11 @@ class InProcess:
         stage: str,
         progress: Progress,
         failed: Callable[[U, SvdmergeError], R] | None = None,
-        num_gpus: int = 0,
+        num_gpus: float = 0,
     ) -> list[R]:
         """The task's results, in the order of the units."""
-        del num_gpus
+        if units and num_gpus:
+            _check_gpu_here()
         results: list[R] = []
         with progress.stage(stage, len(units)) as bar:
             for unit in units:
@@ -138,6 +139,13 @@ class InProcess:
                     results.append(failed(unit, error))
                 bar.advance()
         return results
+
+
+def _check_gpu_here() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise no_gpu("--address none")
 
 
 def _with_retries(task: Callable[[U], R], unit: U) -> R:
@@ -182,7 +190,7 @@ class RayTasks:
         stage: str,
         progress: Progress,
         failed: Callable[[U, SvdmergeError], R] | None = None,
-        num_gpus: int = 0,
+        num_gpus: float = 0,
     ) -> list[R]:
         """The task's results, in the order of the units."""
         import ray
@@ -190,6 +198,8 @@ class RayTasks:
         limits = _limits()
         for unit in units:
             _check_fits(unit, limits)
+        if units and num_gpus > limits["GPU"]:
+            raise no_gpu(f"--address {self.address}")
         window = _Window(
             task, units, policy=self._policy, limits=limits, failed=failed, num_gpus=num_gpus
         )
@@ -212,7 +222,7 @@ class _Window:
     def __init__(
         self, task: Callable[[Any], Any], units: Sequence[Unit], *, policy: RetryPolicy,
         limits: dict[str, float], failed: Callable[[Any, SvdmergeError], Any] | None,
-        num_gpus: int,
+        num_gpus: float,
     ) -> None:  # fmt: skip
         import ray
 
@@ -321,8 +331,18 @@ def _limits() -> dict[str, float]:
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
     return {
         "CPU": sum(n.get("CPU", 0.0) for n in nodes),
+        "GPU": sum(n.get("GPU", 0.0) for n in nodes),
         "memory": max((n.get("memory", 0.0) for n in nodes), default=0.0),
     }
+
+
+def no_gpu(place: str) -> ResourceError:
+    """The error where a GPU is asked for and none is there."""
+    return ResourceError(
+        f"{place}: no GPU",
+        "The recipe asks for one.",
+        "Use a machine that has one, or `resources: {device: cpu}`; for tuning `use_gpu: false`.",
+    )
 
 
 def _check_fits(unit: Unit, limits: dict[str, float]) -> None:

@@ -96,7 +96,7 @@ def to_store(
         Spectrum(
             parameter=parameter.source_id, sha256=digest, m=parameter.m, n=parameter.n, fro=fro,
             bound=block.bound, first=first, noise=noise if first == 0 else 0.0,
-            s=block.components.s.to(torch.float32).numpy(), solver=block.solver,
+            s=block.components.s.float().cpu().numpy(), solver=block.solver,
         )
         for first, block in found
     ]  # fmt: skip
@@ -115,7 +115,7 @@ def _blocks(
     if p.action is not Action.DECOMPOSE:
         yield 0, Block(components=flat(delta.reshape(1, -1)), bound=0.0, solver="none")
         return
-    known = stored.blocks
+    known = stored.blocks.on(delta.device)
     if solver == EXACT:
         yield 0, exact_block(delta, stored=known)
         return
@@ -139,6 +139,6 @@ def _noise(delta: torch.Tensor, block: Block, *, p: Parameter) -> float:
 def _rows(p: Parameter, block: Block, first: int, *, start: int, depth: int) -> Rows:
     """What is stored of a block that begins at `first`, if `start` components are there already."""
     kind = "svd" if p.action is Action.DECOMPOSE else "flat"
-    c, skipped = block.components, max(0, start - first)
+    c, skipped = block.components.on("cpu"), max(0, start - first)
     kept = c.slice(skipped, max(skipped, depth - first)) if block.solver in COMPLETE else c
     return Rows(parameter=p.source_id, kind=kind, first=first + skipped, components=kept)

@@ -3,21 +3,25 @@
 What matrices that no worker may hold take is in `row_tasks`.
 """
 
+import contextlib
 import hashlib
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
 
+from svdmerge.core.blocks import EXACT, FAILURES
 from svdmerge.core.components import RankOneComponents, flat, none
 from svdmerge.core.delta import all_finite, delta
 from svdmerge.core.methods.merging import Merging, Part
 from svdmerge.core.params import Action, Parameter
-from svdmerge.engine.solve import Solved, Stored, solve, solve_low_rank, stored_of
+from svdmerge.engine.device import Pair, device_class, full_float32
+from svdmerge.engine.solve import Solved, Stored, solve, solve_low_rank, stored_of, to_store
+from svdmerge.engine.stacked import first_blocks_on
 from svdmerge.errors import ContentError, SolverError
 from svdmerge.storage import layout
 from svdmerge.storage.adapter import LowRank
@@ -75,6 +79,8 @@ class DecomposeUnit:
     name: str
     memory_bytes: int
     threads: int
+    device: str
+    """`cpu` or `cuda`: where it computes."""
     store: Folder
     base_key: str
     revision: str
@@ -97,7 +103,11 @@ def decompose(unit: DecomposeUnit) -> Receipt:
     """
     start = time.perf_counter()
     before = load(unit.store, unit.base_key, unit.revision) if unit.first else None
-    solved = [_decomposed(unit, item, before) for item in unit.items]
+    together = {} if unit.device == "cpu" else dict(_together(unit))
+    solved = [
+        together.get(item.parameter.source_id) or _decomposed(unit, item, before)
+        for item in unit.items
+    ]
     # With the depths: another budget may reach the same last component with other matrices shorter.
     group = layout.group_key(f"{i.parameter.source_id} {i.wanted} {i.depth}" for i in unit.items)
     place = f"{group}/{unit.first}-{max(i.wanted for i in unit.items) - 1}"
@@ -125,26 +135,54 @@ def commit_solved(
         spectra=[spectrum for found, _ in solved if found for spectrum in found.spectra],
         covered=[covered for _, covered in solved],
         solver=unit.solver,
-        numerics=f"cpu/{torch.backends.cpu.get_cpu_capability()}/torch-{torch.__version__}"
+        numerics=f"{device_class(torch.device(unit.device))}/torch-{torch.__version__}"
         f"/threads-{unit.threads}{rows}",
     )
+
+
+def _together(unit: DecomposeUnit) -> Iterator[tuple[str, tuple[Solved, Covered]]]:
+    """By name, what is found of the unit's plain differences by stacks, where a first block is
+    enough."""
+    read: dict[str, tuple[Item, Pair, tuple[str, str]]] = {}
+    for item in unit.items:
+        plain = item.parameter.action is Action.DECOMPOSE and item.low_rank is None
+        if unit.first == 0 and unit.solver != EXACT and plain and item.source is not None:
+            source, base, digests = _tensors(item.source, item)
+            pair = Pair(name=item.parameter.source_id, source=source, base=base)
+            read[pair.name] = item, pair, digests
+    pairs = [pair for _, pair, _ in read.values()]
+    # What fails for a stack is tried for each.
+    with contextlib.suppress(*FAILURES):
+        for found in first_blocks_on(torch.device(unit.device), pairs):
+            item, _, digests = read[found.name]
+            if found.block.bound > 0.0 and len(found.block.components) < item.wanted:
+                continue
+            solved = to_store(
+                [(0, found.block)], parameter=item.parameter, start=0, fro=found.fro,
+                depth=max(item.depth, item.wanted), digest=digests[0], noise=found.noise,
+            )  # fmt: skip
+            yield found.name, (solved, _covered(unit, item, solved, digests))
 
 
 def _decomposed(
     unit: DecomposeUnit, item: Item, before: Committed | None
 ) -> tuple[Solved | None, Covered]:
     """What is found of one matrix, nothing if it is or must be the base's, and what that covers."""
-    p = item.parameter
-    found, digest, base_digest = _read(unit, item)
-    solved = _solved(unit, item, found, digest, before) if found else None
-    covered = Covered(
-        parameter=p.source_id,
+    found, digests = _read(unit, item)
+    solved = _solved(unit, item, found, digests[0], before) if found else None
+    return solved, _covered(unit, item, solved, digests)
+
+
+def _covered(
+    unit: DecomposeUnit, item: Item, solved: Solved | None, digests: tuple[str, str]
+) -> Covered:
+    return Covered(
+        parameter=item.parameter.source_id,
         first=unit.first,
         depth=solved.depth if solved else item.depth,
-        source_sha256=digest,
-        base_sha256=base_digest,
+        source_sha256=digests[0],
+        base_sha256=digests[1],
     )
-    return solved, covered
 
 
 def _solved(
@@ -157,7 +195,8 @@ def _solved(
     try:
         if item.is_factored:
             return solve_low_rank(*found, parameter=p, digest=digest, **depths)
-        return solve(*found, parameter=p, digest=digest, solver=unit.solver, **depths)
+        with full_float32():
+            return solve(*found, parameter=p, digest=digest, solver=unit.solver, **depths)
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise SolverError(
             f"{unit.reference}: {p.id}: the SVD did not converge", str(error)
@@ -170,46 +209,49 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
-def _read(unit: DecomposeUnit, item: Item) -> tuple[tuple[torch.Tensor, ...], str, str]:
+def _read(unit: DecomposeUnit, item: Item) -> tuple[tuple[torch.Tensor, ...], tuple[str, str]]:
     """A matrix's difference, or its factors, or nothing if the source is the base there; and
     sha256 of what was read of the source, and of the base."""
-    p, source, base = item.parameter, b"", b""
-    digests = [hashlib.sha256(b"").hexdigest(), ""]
+    if item.source is not None and item.parameter.action is Action.EQUAL:
+        return (), _equal(unit, item.source, item)
+    digests = hashlib.sha256(b"").hexdigest(), ""
     difference: tuple[torch.Tensor, ...] = ()
     if item.source is not None:
-        source, base = (
-            ref.read_bytes(start=p.start, count=p.numel) for ref in (item.source, item.base)
-        )
-        digests = [item.source.digest(source), item.base.digest(base)]
-        if p.action is Action.EQUAL:
-            _check_equal(unit, item.source, source == base)
-            return (), digests[0], digests[1]
-        difference = (_delta(p, (item.source, source), (item.base, base)),)
+        source, base, digests = _tensors(item.source, item)
+        difference = (delta(source.to(unit.device), base=base.to(unit.device)),)
     if item.low_rank is not None:
         up, down, digest = item.low_rank.read()
         if item.is_factored:
-            return (up, down), digest, ""
-        product = (up @ down).reshape(p.m, p.n)
+            return (up, down), (digest, "")
+        product = (up @ down).reshape(item.parameter.m, item.parameter.n).to(unit.device)
         difference = (product + difference[0] if difference else product,)
-        digests[0] = hashlib.sha256(f"{digests[0]} {digest}".encode()).hexdigest()
-    return difference, digests[0], digests[1]
+        digests = hashlib.sha256(f"{digests[0]} {digest}".encode()).hexdigest(), digests[1]
+    return difference, digests
 
 
-def _check_equal(unit: DecomposeUnit, ref: TensorRef, same: bool) -> None:
-    if not same:
+def _tensors(ref: TensorRef, item: Item) -> tuple[torch.Tensor, torch.Tensor, tuple[str, str]]:
+    """A matrix of the source and of the base, and sha256 of what was read of each."""
+    p, pair = item.parameter, (ref, item.base)
+    read = [r.read_bytes(start=p.start, count=p.numel) for r in pair]
+    source, base = (
+        r.decode(data, start=p.start).reshape(p.m, p.n) for r, data in zip(pair, read, strict=True)
+    )
+    for tensor, r in zip((source, base), pair, strict=True):
+        check_finite(tensor, r)
+    return source, base, (ref.digest(read[0]), item.base.digest(read[1]))
+
+
+def _equal(unit: DecomposeUnit, ref: TensorRef, item: Item) -> tuple[str, str]:
+    """sha256 of both, which must be the same bytes."""
+    p = item.parameter
+    source, base = (r.read_bytes(start=p.start, count=p.numel) for r in (ref, item.base))
+    if source != base:
         raise ContentError(
             f"{unit.reference}: {ref.name} differs from the base's",
             f"It is {ref.dtype}: integers cannot be merged.",
             "Give it `policy: base` to keep the base's, or remove the source.",
         )
-
-
-def _delta(p: Parameter, *pairs: tuple[TensorRef, bytes]) -> torch.Tensor:
-    """Source less base."""
-    source, base = (ref.decode(data, start=p.start).reshape(p.m, p.n) for ref, data in pairs)
-    for tensor, (ref, _) in zip((source, base), pairs, strict=True):
-        check_finite(tensor, ref)
-    return delta(source, base=base)
+    return ref.digest(source), item.base.digest(base)
 
 
 def check_finite(tensor: torch.Tensor, ref: TensorRef) -> None:

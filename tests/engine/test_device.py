@@ -1,10 +1,14 @@
 """Matrices by stacks on a device: here a CPU, which must give what one at a time gives."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import bench_gpu
+import numpy as np
 import pytest
+import tiny
 import torch
+from merging import Bench, matrices_done, micro_bench, numbers
 
 from svdmerge.comparison.on_device import RANK, measure_device, synthetic_source
 from svdmerge.core.blocks import next_block
@@ -12,10 +16,13 @@ from svdmerge.core.components import none
 from svdmerge.core.delta import delta
 from svdmerge.core.noise import noise_edge
 from svdmerge.core.orthonormal import cholesky_qr
+from svdmerge.engine import tasks
 from svdmerge.engine.device import Pair, deltas_on, device_class, full_float32, stacks
 from svdmerge.engine.stacked import FirstBlock, first_blocks_on
+from svdmerge.errors import ResourceError
 
 CPU = torch.device("cpu")
+HAS_GPU = torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +100,42 @@ def test_the_command_runs_without_a_gpu(
     monkeypatch.setattr("sys.argv", ["bench", "--device", "cpu", "--scale", "small"])
     bench_gpu.main()
     assert "| cpu/" in capsys.readouterr().out
+
+
+# `cpu:0` is a CPU that takes the path of a GPU.
+@pytest.mark.parametrize(
+    "device",
+    ["cpu:0", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU"))],
+)
+def test_a_merge_whose_units_compute_on_a_device_is_the_cpus_merge(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {"a.weight": (160, 160), "b.weight": (160, 160), "c.weight": (40, 30), "d.bias": (9,)}
+    generator = torch.Generator().manual_seed(0)
+
+    def change(m: int, n: int = 1) -> torch.Tensor:
+        u, s, vh = torch.linalg.svd(torch.randn(m, n, generator=generator), full_matrices=False)
+        return (u * torch.arange(1, len(s) + 1) ** -0.7) @ vh
+
+    def model(name: str, tensors: dict[str, torch.Tensor]) -> Path:
+        return tiny.write_model(tmp_path / name, tensors)
+
+    base = model("base", {name: torch.zeros(shape) for name, shape in shapes.items()})
+    changes = [{n: change(*s).reshape(s) for n, s in shapes.items()} for _ in range(3)]
+    sources = tuple(model(f"source-{i}", c) for i, c in enumerate(changes))
+    on_cpu = Bench(root=tmp_path, base=base, sources=sources)
+    on_cpu.run()
+    decompose = tasks.decompose
+    monkeypatch.setattr(tasks, "decompose", lambda u: decompose(replace(u, device=device)))
+    on_device = replace(on_cpu, root=tmp_path / "device")
+    report = on_device.run()
+    expected = numbers(on_cpu.out)
+    assert matrices_done(report) >= 12
+    for name, found in numbers(on_device.out).items():
+        np.testing.assert_allclose(found, expected[name], atol=2e-5)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_a_merge_that_wants_a_gpu_says_so_where_none_is(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"--address none: no GPU\n.*\nUse a machine"):
+        micro_bench(tmp_path).run(resources={"device": "cuda"})

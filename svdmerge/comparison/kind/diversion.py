@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from svdmerge.comparison.kind.study import Study
 from svdmerge.core.kind.replace import decomposable
-from svdmerge.training.kind.denoising import held_out_losses
-from svdmerge.training.labelled_images import LabelledImages
 
 CONTROLS = ("gated", "random gate", "dense split by SVD")
 
@@ -40,7 +38,7 @@ def gate_losses(study: Study, model: nn.Module) -> Tensor:
     """
     images = study.few(study.old)
     columns = [
-        held_out_losses(
+        study.losses(
             model, images, num_draws=2, gates=torch.full((len(images),), gate, dtype=torch.int64)
         )
         for gate in range(len(study.old))
@@ -89,8 +87,8 @@ def old_losses(study: Study, seed: int) -> dict[str, Tensor]:
     def work() -> dict[str, Tensor]:
         images = study.tested.of_classes(study.old)
         return {
-            "gated": _losses(study, study.gated(seed), images),
-            "dense": _losses(study, study.dense(seed), images),
+            "gated": study.losses(study.gated(seed), images),
+            "dense": study.losses(study.dense(seed), images),
             "labels": images.labels,
         }
 
@@ -107,11 +105,6 @@ def random_losses(study: Study, seed: int) -> dict[str, Tensor]:
             len(study.old), (len(images),), generator=torch.Generator().manual_seed(seed)
         )
         model = study.random_gate(seed)
-        losses = held_out_losses(model, images, num_draws=study.num_draws, gates=drawn)
-        return {"random gate": losses}
+        return {"random gate": study.losses(model, images, gates=drawn)}
 
     return old_losses(study, seed) | study.measured(f"random-{seed}", work)
-
-
-def _losses(study: Study, model: nn.Module, images: LabelledImages) -> Tensor:
-    return held_out_losses(model, images, num_draws=study.num_draws)

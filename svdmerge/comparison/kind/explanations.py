@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from svdmerge.comparison.kind.entrants import Entrant, entrants
 from svdmerge.comparison.kind.study import Study
 from svdmerge.comparison.kind.transfer import chosen_rate, transferred
-from svdmerge.training.kind.denoising import held_out_losses
 
 LORA = "LoRA of equal size"
 
@@ -65,7 +64,7 @@ def _old(changed: Study, plain: Study, seed: int) -> dict[str, Tensor]:
     images = plain.tested.of_classes(plain.old)
 
     def losses(model: nn.Module) -> dict[str, Tensor]:
-        return {"losses": held_out_losses(model, images, num_draws=plain.num_draws)}
+        return {"losses": plain.losses(model, images)}
 
     return {
         "gated": changed.measured(f"old-gated-{seed}", lambda: losses(changed.gated(seed)))[

@@ -12,7 +12,7 @@ from svdmerge.core.components import RankOneComponents
 from svdmerge.core.kind.gate import GateRows, gate_rows
 from svdmerge.core.kind.recombine import Stored, assembled, recombine, salience
 from svdmerge.core.kind.replace import GATE, layers_of, put
-from svdmerge.training.kind.denoising import held_out_losses, samples
+from svdmerge.training.kind.denoising import samples
 from svdmerge.training.labelled_images import LabelledImages
 
 AS_SEEN = "dense, each image as often"
@@ -54,11 +54,9 @@ def pair_losses(study: Study, seed: int) -> dict[str, Tensor]:
             labels=torch.tensor([study.old.index(c) for c in pair])[images.labels],
         )
         return {
-            "recombined": held_out_losses(
-                smaller, numbered, num_draws=study.num_draws, gates=images.labels
-            ),
-            "gated": held_out_losses(whole, numbered, num_draws=study.num_draws),
-            "dense": held_out_losses(dense, images, num_draws=study.num_draws),
+            "recombined": study.losses(smaller, numbered, gates=images.labels),
+            "gated": study.losses(whole, numbered),
+            "dense": study.losses(dense, images),
             "labels": images.labels,
             "sizes": torch.tensor([size, num_parameters(whole), num_parameters(dense)]),
         }
@@ -74,7 +72,7 @@ def seen_losses(study: Study, seed: int) -> dict[str, Tensor]:
         width = width_of(study, int(found["sizes"][0]))
         model = study.dense_pair(seed, width=width, as_seen=True)
         images = study.tested.of_classes(study.pairs[seed])
-        return {AS_SEEN: held_out_losses(model, images, num_draws=study.num_draws)}
+        return {AS_SEEN: study.losses(model, images)}
 
     return found | study.measured(f"pair-as-seen-{seed}", work)
 

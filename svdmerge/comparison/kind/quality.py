@@ -82,7 +82,9 @@ def _labels(num_classes: int) -> list[int]:
 
 def _sampled(study: Study, name: str, model: nn.Module, *, num_classes: int, seed: int) -> Tensor:
     shape = (study.channels, study.size, study.size)
-    made = samples(model, _labels(num_classes), shape=shape, num_steps=NUM_STEPS, seed=seed)
+    made = samples(
+        model.to(study.device), _labels(num_classes), shape=shape, num_steps=NUM_STEPS, seed=seed
+    )
     shown = made.unflatten(0, (num_classes, NUM_EACH))[:, :10].flatten(0, 1)
     study.folder.put(f"pictures/{name}.png", png_bytes(grid(shown, columns=10)))
     return made

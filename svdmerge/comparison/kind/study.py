@@ -14,6 +14,7 @@ from svdmerge.core.kind.gate import ClassGate, disjoint, gate_of
 from svdmerge.core.kind.replace import Spec
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.checkpointing import FolderCheckpoints, State, load_file, save_file
+from svdmerge.training.kind.denoising import held_out_losses
 from svdmerge.training.kind.diffusion import Diffusion
 from svdmerge.training.kind.loop import KindLoop, train_kind
 from svdmerge.training.kind.objective import Objective, Settings
@@ -67,6 +68,8 @@ class Study:
     """Whether mirrored images are of their class, as the classifier is told."""
     num_few: int = 100
     """Test images of each class where many losses are taken: of every gate, and along curves."""
+    device: str = "cpu"
+    """Where models train and are measured; what is kept is on the CPU."""
 
     @cached_property
     def folder(self) -> Folder:
@@ -139,9 +142,9 @@ class Study:
     def gated(self, seed: int, classes: tuple[int, ...] | None = None) -> nn.Module:
         """A KIND model."""
         chosen = classes or self.old
-        name = f"gated-{'-'.join(map(str, chosen))}-{seed}"
+        name = "gated" if chosen == self.old else f"gated-{'-'.join(map(str, chosen))}"
         spec = self.spec(chosen, seed=seed)
-        return self.trained(name, self.objective(chosen, spec=spec, seed=seed))
+        return self.trained(f"{name}-{seed}", self.objective(chosen, spec=spec, seed=seed))
 
     def random_gate(self, seed: int) -> nn.Module:
         """The control of equal capacity whose gate knows nothing of classes."""
@@ -176,6 +179,13 @@ class Study:
         model.load_state_dict(load_file(self.folder, kept)["model"])
         return model.eval().requires_grad_(False)
 
+    def late_loss(self, name: str, *, seed: int) -> float:
+        """The mean training loss of a model that is kept, over the second half of its steps."""
+        curve = load_file(self.folder, f"models/{name}-{seed}.pt")["curve"]
+        losses = [point["loss"] for point in curve if "loss" in point]
+        late = losses[len(losses) // 2 :]
+        return sum(late) / len(late)
+
     @property
     def settings(self) -> Settings:
         """How models are pre-trained."""
@@ -190,10 +200,21 @@ class Study:
         return replace(self.settings, learning_rate=self.dense_rate)
 
     def _train(self, name: str, objective: Objective, *, settings: Settings) -> State:
-        loop = KindLoop(objective, settings=settings, group=Group(), device=torch.device("cpu"))
+        loop = KindLoop(
+            objective, settings=settings, group=Group(), device=torch.device(self.device)
+        )
         checkpoints = FolderCheckpoints(self.folder.child(f"checkpoints/{name}"))
         state = train_kind(loop, checkpoints=checkpoints, on_step=_unseen)
         return {"model": loop.averaged(), "curve": state["curve"], "seconds": state["seconds"]}
+
+    def losses(
+        self, model: nn.Module, images: LabelledImages, *, num_draws: int | None = None,
+        gates: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Held-out losses (n,) of a model, which is moved to the study's device."""
+        return held_out_losses(
+            model.to(self.device), images, num_draws=num_draws or self.num_draws, gates=gates
+        )
 
     def measured(self, name: str, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `work` measures, or what it measured before under this name."""

@@ -80,9 +80,9 @@ def _run(
         study.settings, steps=steps, learning_rate=learning_rate, warmup_steps=20, ema=0.95,
         measure_every=max(1, steps // NUM_POINTS),
     )  # fmt: skip
-    objective.measure(model.eval(), step=0)
+    objective.measure(model.to(study.device).eval(), step=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    curve = _trained(objective, settings)
+    curve = _trained(objective, settings, device=torch.device(study.device))
     return {
         "steps": torch.tensor(list(objective.noted)),
         "losses": torch.stack(list(objective.noted.values())),
@@ -92,8 +92,10 @@ def _run(
     }
 
 
-def _trained(objective: _Transferring, settings: Settings) -> list[dict[str, float]]:
-    loop = KindLoop(objective, settings=settings, group=Group(), device=torch.device("cpu"))
+def _trained(
+    objective: _Transferring, settings: Settings, *, device: torch.device
+) -> list[dict[str, float]]:
+    loop = KindLoop(objective, settings=settings, group=Group(), device=device)
     return train_kind(loop, checkpoints=_Unkept(), on_step=lambda loop: None)["curve"]
 
 
