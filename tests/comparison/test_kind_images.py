@@ -7,6 +7,7 @@ import pytest
 import torch
 from kind_case import tiny_study
 
+from svdmerge.comparison.kind.ahead import fill, with_best_rates
 from svdmerge.comparison.kind.diversion import (
     CONTROLS,
     diversion,
@@ -124,6 +125,21 @@ def test_entrants_train_what_they_say_and_start_where_they_say(study: Study) -> 
             outputs.append(model(images.scaled(slice(4)), times, labels))
     for other in outputs[1:]:
         torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_tables_read_can_be_made_ahead(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(study, [0], parts=("sizes", "diversion", "transfer", "samples"), num_jobs=1)
+    monkeypatch.setattr("svdmerge.comparison.kind.study.KindLoop", None)
+    monkeypatch.setattr("svdmerge.comparison.kind.transfer.KindLoop", None)
+    seen_losses(study, 0)
+    random_losses(study, 0)
+    for e in entrants():
+        transferred(study, e, 0, steps=6, learning_rate=chosen_rate(study, e))
+
+
+def test_learning_rates_are_chosen_by_training_loss(study: Study) -> None:
+    chosen = with_best_rates(replace(study, steps=20), [1e-8, 1e-2], num_jobs=1)
+    assert (chosen.learning_rate, chosen.dense_rate) == (1e-2, 1e-2)
 
 
 def test_all_tables_and_figures_come_from_what_is_kept(study: Study, tmp_path: Path) -> None:
