@@ -16,7 +16,7 @@ from svdmerge.core.orthonormal import cholesky_qr
 EXTRA = 16
 # Products between orthogonalisations, and how often: of a power law of exponent 0.6 and 48 wanted
 # values each product leaves 0.69 of what the subspace lacks, 24 of them 1e-4. Four in a row leave
-# squares that lie 1e8 apart enough of float64.
+# enough of float64.
 APPLIED, ROUNDS = 4, 6
 
 
@@ -56,7 +56,10 @@ def by_subspace(gram: Float[Tensor, "b s s"], coupling: Float[Tensor, "b w w"]) 
 
     Reference: Stewart, "Simultaneous iteration for computing invariant subspaces", 1976.
     """
-    t, width, size = gram.double(), coupling.shape[-1], gram.shape[-1]
+    width, size = coupling.shape[-1], gram.shape[-1]
+    # Symmetric to float64's eps, or rounding would weigh in the small differences of squares below.
+    t = gram.double()
+    t = (t + t.mT) / 2
     # The first columns are of the random start: as good a one here.
     y = torch.eye(size, min(size, width + EXTRA)).to(t).expand(len(t), -1, -1)
     if y.shape[-1] < size:
