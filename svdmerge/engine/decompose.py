@@ -14,7 +14,6 @@ from svdmerge.engine.select import find_cut, select_units
 from svdmerge.engine.tasks import Receipt
 from svdmerge.progress import Progress
 from svdmerge.storage import layout
-from svdmerge.storage.layout import BLOCK
 from svdmerge.storage.manifest import Committed
 
 # Of a GPU that a task takes: while one of two reads, the other's matrices are decomposed.
@@ -38,7 +37,8 @@ def pending(
     shared = plan.is_shared and not whole
 
     def wanted(_: Source, parameter: Parameter) -> int:
-        return min(plan.depth(parameter), BLOCK) if shared else plan.depth(parameter)
+        # A block may hold less than others: whether more is needed the selection tells.
+        return min(plan.depth(parameter), 1) if shared else plan.depth(parameter)
 
     yield from _units(plan, inventory, wanted)
 
