@@ -82,6 +82,8 @@ class SourceModel(Section):
     """Scales this source's singular values and its share of the averages alike."""
     quota: Annotated[float, BeforeValidator(parse_density)] = 1.0
     """Share of each matrix's slots that it may take: floor(quota * budget + 1e-9), at least 1."""
+    admit: bool = False
+    """Merge it even if it lies so far from the base that it seems to come from another one."""
 
 
 def _source(value: object) -> object:

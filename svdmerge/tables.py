@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.table import Table
 
 if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
+    from svdmerge.core.kinship import Kinship
     from svdmerge.engine.estimate import Estimate
+    from svdmerge.engine.kinship import DeepPlan
     from svdmerge.engine.whatif import Outcome
     from svdmerge.report.run_report import RunReport
     from svdmerge.storage.maintenance import StoredSource
@@ -75,6 +77,31 @@ def plan_tables(found: "Estimate") -> list[Table]:
     return [tensors, costs, *([ignored] if found.ignored else [])]
 
 
+def deep_tables(found: "DeepPlan") -> list[Any]:
+    """How far each source lies from the base, and what it took to see that."""
+    return [
+        kinship_table(found.kinships),
+        f"read {size(found.read_bytes)} of weights in {found.seconds:.1f} s; "
+        f"{len(found.from_store)} of {len(found.kinships)} sources known from the store",
+    ]
+
+
+def kinship_table(found: "Mapping[str, Kinship | None]") -> Table:
+    """Relative norm and effective rank of each source's difference."""
+    return table(
+        "Distance to the base",
+        columns=("source", "norm, relative", "effective rank"),
+        rows=((name, *_kinship_cells(kinship)) for name, kinship in found.items()),
+    )
+
+
+def _kinship_cells(kinship: "Kinship | None") -> tuple[str, str]:
+    if kinship is None:
+        return "an adapter", "not judged"
+    rank = kinship.effective_rank
+    return f"{kinship.norm:.3g}", "-" if rank is None else f"{rank:.1%}"
+
+
 def run_tables(report: "RunReport") -> list[Any]:
     """Stages, who helps the target, what was kept of whom, and accuracies if it was tuned."""
     stages = table(
@@ -90,6 +117,7 @@ def run_tables(report: "RunReport") -> list[Any]:
     tables: list[Any] = [stages] if report.stages else []
     tables += ranking_tables(report.ranking) if report.ranking is not None else []
     tables += [report.adaptation.verdict] if report.adaptation is not None else []
+    tables += [kinship_table(report.kinship)] if report.kinship else []
     tables += [kept] if report.kept else []
     tables += [f"warning: {told}" for told in report.warnings]
     return [*tables, *([_tuned_table(report.tune)] if report.tune is not None else [])]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from svdmerge import __version__
-from svdmerge.engine import assemble, select
+from svdmerge.engine import assemble, kinship, select
 from svdmerge.engine.decompose import decompose, pending
 from svdmerge.engine.estimate import estimate
 from svdmerge.engine.inventory import Inventory, take_inventory
@@ -96,6 +96,7 @@ class Run:
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
+                judge=self._judge,
             ),
         )
 
@@ -146,7 +147,12 @@ class Run:
         return Targeting(self.plan, config, runtime=self._runtime, progress=self._progress)
 
     def select(self) -> pa.Table:
-        """The selection. Raises: StoreError, if a source is not decomposed."""
+        """The selection.
+
+        Raises:
+            StoreError: a source is not decomposed.
+            MismatchError: a source seems to come from another base.
+        """
         inventory = self._inventory()
         if missing := next(pending(self.plan, inventory), None):
             raise StoreError(
@@ -154,6 +160,7 @@ class Run:
                 f"First missing: {missing.name}.",
                 "Run `svdmerge decompose` first.",
             )
+        self._judge(inventory)
         self.adapt()
         table: list[pa.Table] = []
 
@@ -236,6 +243,16 @@ class Run:
             self.assemble(self.select())
         if self.plan.recipe.tune is not None:
             self.tune()
+
+    def _judge(self, inventory: Inventory) -> None:
+        """Refuse sources that seem to come from another base; once is enough."""
+        if not self.report.kinship:
+            self.report.kinship = dict(
+                kinship.stored_kinships(
+                    self.plan, inventory, runtime=self._runtime, progress=self._progress
+                )
+            )
+            self.report.warnings += kinship.judge(self.plan, self.report.kinship)
 
     def _inventory(self) -> Inventory:
         return take_inventory(self.plan, runtime=self._runtime, progress=self._progress)

@@ -19,7 +19,7 @@ from svdmerge.cli import app
 
 FLAGS = {
     "demo": ["--address", "--json", "--out", "--verbose", "-v"],
-    "plan": ["--json", "--verbose", "-v", "RECIPE"],
+    "plan": ["--deep", "--json", "--verbose", "-v", "RECIPE"],
     "run": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "decompose": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "select": ["--address", "--json", "--verbose", "-v", "RECIPE"],

@@ -97,25 +97,28 @@ def shortfalls(
 
 
 def decompose(
-    plan: Plan, *, runtime: Runtime, progress: Progress, whole: bool = False
-) -> list[Receipt]:
+    plan: Plan, *, runtime: Runtime, progress: Progress, whole: bool = False,
+    judge: Callable[[Inventory], None] = lambda _: None,
+) -> list[Receipt]:  # fmt: skip
     """Receipts of the units that were decomposed now; those committed before are not among them.
 
-    Rounds: a block of every matrix first, then more of those sources whose bound exceeds the cut,
-    until none does.
+    Rounds: a block of every matrix first, which is enough for `judge` to refuse sources by, then
+    more of those sources whose bound exceeds the cut, until none does.
     """
-    inventory, receipts = take_inventory(plan, runtime=runtime, progress=progress), list[Receipt]()
+    inventory = take_inventory(plan, runtime=runtime, progress=progress)
     units = list(pending(plan, inventory, whole=whole))
-    while True:
-        receipts += _run(plan, units, runtime=runtime, progress=progress)
-        if whole or not plan.is_shared:
-            return receipts
-        if units:
-            inventory = take_inventory(plan, runtime=runtime, progress=progress)
+    receipts = _run(plan, units, runtime=runtime, progress=progress)
+    if units:
+        inventory = take_inventory(plan, runtime=runtime, progress=progress)
+    judge(inventory)
+    while plan.is_shared and not whole:
         short = shortfalls(plan, inventory, runtime=runtime, progress=progress)
         units = list(_units(plan, inventory, partial(_depth, short)))
         if not units:
-            return receipts
+            break
+        receipts += _run(plan, units, runtime=runtime, progress=progress)
+        inventory = take_inventory(plan, runtime=runtime, progress=progress)
+    return receipts
 
 
 def _run(

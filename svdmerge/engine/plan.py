@@ -40,6 +40,8 @@ class Source:
     weight: float
     quota: float
     """Share of each matrix's slots that it may take."""
+    admit: bool
+    """Whether it is merged however far from the base it lies."""
     checkpoint: Checkpoint
     ignored: tuple[str, ...]
     """Tensors that the base does not have: they have no place in the output."""
@@ -330,6 +332,7 @@ def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Actio
         reference=reference,
         weight=model.weight,
         quota=model.quota,
+        admit=model.admit,
         checkpoint=source,
         ignored=tuple(sorted({*unplaced, *(set(source.tensors) - set(base.tensors))})),
     )

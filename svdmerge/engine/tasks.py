@@ -135,29 +135,32 @@ def _decomposed(
 ) -> tuple[Solved | None, Covered]:
     """What is found of one matrix, nothing if it is or must be the base's, and what that covers."""
     p = item.parameter
-    found, digest, base_digest = _read(unit, item)
-    solved = _solved(unit, item, found, digest, before) if found else None
+    read = _read(unit, item)
+    solved = _solved(unit, item, read, before) if read.difference else None
     covered = Covered(
         parameter=p.source_id,
         first=unit.first,
         depth=solved.depth if solved else item.depth,
-        source_sha256=digest,
-        base_sha256=base_digest,
+        source_sha256=read.source_sha256,
+        base_sha256=read.base_sha256,
     )
     return solved, covered
 
 
-def _solved(
-    unit: DecomposeUnit, item: Item, found: tuple[torch.Tensor, ...], digest: str,
-    before: Committed | None,
-) -> Solved:  # fmt: skip
+def _solved(unit: DecomposeUnit, item: Item, read: "_Read", before: Committed | None) -> Solved:
     p = item.parameter
     stored = stored_of(before, p) if before else Stored(blocks=none(p.m, p.n))
-    depths = {"stored": stored, "wanted": item.wanted, "depth": item.depth}
     try:
         if item.is_factored:
-            return solve_low_rank(*found, parameter=p, digest=digest, **depths)
-        return solve(*found, parameter=p, digest=digest, solver=unit.solver, **depths)
+            up, down = read.difference
+            return solve_low_rank(
+                up, down, parameter=p, stored=stored, wanted=item.wanted, depth=item.depth,
+                digest=read.source_sha256,
+            )  # fmt: skip
+        return solve(
+            *read.difference, parameter=p, stored=stored, wanted=item.wanted, depth=item.depth,
+            solver=unit.solver, digest=read.source_sha256, base_fro=read.base_fro,
+        )  # fmt: skip
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise SolverError(
             f"{unit.reference}: {p.id}: the SVD did not converge", str(error)
@@ -170,10 +173,20 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
-def _read(unit: DecomposeUnit, item: Item) -> tuple[tuple[torch.Tensor, ...], str, str]:
-    """A matrix's difference, or its factors, or nothing if the source is the base there; and
-    sha256 of what was read of the source, and of the base."""
-    p, source, base = item.parameter, b"", b""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Read:
+    """What was read of a matrix."""
+
+    difference: tuple[torch.Tensor, ...] = ()
+    """Or its factors, or nothing if the source is the base there."""
+    source_sha256: str
+    base_sha256: str
+    base_fro: float | None = None
+
+
+def _read(unit: DecomposeUnit, item: Item) -> _Read:
+    """A matrix's difference, and checksums of what was read for it."""
+    p, base_fro = item.parameter, None
     digests = [hashlib.sha256(b"").hexdigest(), ""]
     difference: tuple[torch.Tensor, ...] = ()
     if item.source is not None:
@@ -183,16 +196,19 @@ def _read(unit: DecomposeUnit, item: Item) -> tuple[tuple[torch.Tensor, ...], st
         digests = [item.source.digest(source), item.base.digest(base)]
         if p.action is Action.EQUAL:
             _check_equal(unit, item.source, source == base)
-            return (), digests[0], digests[1]
-        difference = (_delta(p, (item.source, source), (item.base, base)),)
+            return _Read(source_sha256=digests[0], base_sha256=digests[1])
+        found, base_fro = _delta(p, (item.source, source), (item.base, base))
+        difference = (found,)
     if item.low_rank is not None:
         up, down, digest = item.low_rank.read()
         if item.is_factored:
-            return (up, down), digest, ""
+            return _Read(difference=(up, down), source_sha256=digest, base_sha256="")
         product = (up @ down).reshape(p.m, p.n)
         difference = (product + difference[0] if difference else product,)
         digests[0] = hashlib.sha256(f"{digests[0]} {digest}".encode()).hexdigest()
-    return difference, digests[0], digests[1]
+    return _Read(
+        difference=difference, source_sha256=digests[0], base_sha256=digests[1], base_fro=base_fro
+    )
 
 
 def _check_equal(unit: DecomposeUnit, ref: TensorRef, same: bool) -> None:
@@ -204,12 +220,17 @@ def _check_equal(unit: DecomposeUnit, ref: TensorRef, same: bool) -> None:
         )
 
 
-def _delta(p: Parameter, *pairs: tuple[TensorRef, bytes]) -> torch.Tensor:
-    """Source less base."""
+def _delta(p: Parameter, *pairs: tuple[TensorRef, bytes]) -> tuple[torch.Tensor, float]:
+    """Source less base, and the base's norm."""
     source, base = (ref.decode(data, start=p.start).reshape(p.m, p.n) for ref, data in pairs)
     for tensor, (ref, _) in zip((source, base), pairs, strict=True):
         check_finite(tensor, ref)
-    return delta(source, base=base)
+    return delta(source, base=base), norm_of(base)
+
+
+def norm_of(tensor: torch.Tensor) -> float:
+    """Frobenius norm, its sum in float64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def check_finite(tensor: torch.Tensor, ref: TensorRef) -> None:

@@ -38,7 +38,7 @@ def listed(name: str, s: list[float], *, weight: float = 1.0, bound: float = 0.0
     values = np.array(s, np.float32)
     spectrum = Spectrum(
         parameter="x", sha256=name, m=8, n=8, fro=float(np.linalg.norm(values)), bound=bound,
-        noise=0.0, first=0, s=values, solver="exact",
+        base_fro=None, noise=0.0, first=0, s=values, solver="exact",
     )  # fmt: skip
     return Listed(sha256=name, source=f"source {name}", weight=weight, spectra=[spectrum])
 
