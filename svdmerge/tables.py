@@ -69,12 +69,15 @@ def plan_tables(found: "Estimate") -> list[Table]:
             ("CPU time, a guess", f"{found.cpu_seconds:.0f} s over all cores"),
         ),
     )
-    ignored = table(
-        "Left out: tensors the base does not have",
-        columns=("source", "num", "first"),
-        rows=((s, len(names), names[0]) for s, names in found.ignored.items()),
-    )
-    return [tensors, costs, *([ignored] if found.ignored else [])]
+    unlike = [
+        table(
+            f"Unlike the base: {source}",
+            columns=("tensor", "", "what stands for it"),
+            rows=((name, x.kind, x.told) for name, x in names.items()),
+        )
+        for source, names in found.unlike.items()
+    ]
+    return [tensors, costs, *unlike]
 
 
 def deep_tables(found: "DeepPlan") -> list[Any]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from svdmerge import __version__
 from svdmerge.engine import assemble, kinship, select
 from svdmerge.engine.decompose import decompose, pending
-from svdmerge.engine.estimate import estimate
+from svdmerge.engine.estimate import estimate, unlike
 from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
@@ -62,8 +62,9 @@ class Run:
         self._reported_at = 0.0
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         self.report = RunReport(
-            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
-        )
+            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri,
+            unlike=dict[str, dict[str, Any]](unlike(self.plan)),
+        )  # fmt: skip
         self.report.warnings += notices(self.plan)
 
     def all(self) -> RunReport:

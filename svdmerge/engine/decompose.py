@@ -80,7 +80,7 @@ def _unit(
             for p, depth in wanted
         ),
         solver=plan.recipe.parameters.svd,
-        block_rows=None if source.is_factored(wanted[0][0]) else plan.block_rows(wanted[0][0]),
+        block_rows=plan.block_rows(wanted[0][0]) if source.reads_weights(wanted[0][0]) else None,
     )
 
 

@@ -29,6 +29,9 @@ KINSHIP_BYTES = 256 << 20
 # model. So many entries tell a norm to a few thousandths, and cost a megabyte each in float32.
 SAMPLE_MATRICES, SAMPLE_ENTRIES = 8, 1 << 18
 
+# Refused sources whose numbers an error gives.
+TOLD = 3
+
 Kinships = Mapping[str, Kinship | None]
 """By the sources' names; None of a source that is not judged."""
 
@@ -88,10 +91,12 @@ def judge(plan: Plan, found: Kinships) -> list[str]:
     refused = {name: why for name, why in told.items() if name not in admitted}
     if refused:
         names = list(refused)
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        remove = "Check base_model" if len(names) > len(found) / 2 else "Remove it"
         raise MismatchError(
-            f"{', '.join(names)}: not fine-tuned from {plan.base.reference}, it seems",
-            "; ".join(f"{name}: {why}" for name, why in refused.items()) + ".",
-            f"Remove it, or admit it by name: {{model: {names[0]}, admit: true}}.",
+            f"{names[0]}{more}: not fine-tuned from {plan.base.reference}, it seems",
+            "; ".join(f"{name}: {refused[name]}" for name in names[:TOLD]) + ".",
+            f"{remove}, or admit it by name: {{model: {names[0]}, admit: true}}.",
         )
     return [f"{name}: is admitted, though {why}" for name, why in told.items()]
 

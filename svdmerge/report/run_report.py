@@ -45,6 +45,9 @@ class RunReport:
     """Components kept of each source."""
     kinship: dict[str, Kinship | None] = field(default_factory=dict[str, Kinship | None])
     """How far each source lies from the base; None of adapters, which are not judged by it."""
+    unlike: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """By source, its tensors that are not just the base's with other values: what they are and
+    what stands for them."""
     warnings: list[str] = field(default_factory=list[str])
     ranking: Any = None
     """A `Ranking`, where sources were ranked for a target."""
