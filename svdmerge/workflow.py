@@ -86,7 +86,9 @@ class Run:
         self._save_report()
         return self.report
 
-    def decompose(self, *, whole: bool = False) -> None:
+    def decompose(
+        self, *, whole: bool = False, judge: Callable[[Inventory], None] = lambda _: None
+    ) -> None:
         """Store the components that the selection needs and are not stored yet; `whole`: all that
         each source could give by itself."""
         self.plan.run_folder.put("plan.json", _plan_json(self.plan))
@@ -97,7 +99,7 @@ class Run:
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
-                judge=self._judge,
+                judge=judge,
             ),
         )
 
@@ -240,7 +242,8 @@ class Run:
             self.report.status = "unchanged"
             self.adapt()  # what was chosen then holds, and is told again
         else:
-            self.decompose()
+            # After the first round, before what may be wrong is decomposed any deeper.
+            self.decompose(judge=self._judge)
             self.assemble(self.select())
         if self.plan.recipe.tune is not None:
             self.tune()

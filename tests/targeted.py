@@ -80,7 +80,7 @@ def target_bench(root: Path, *, help_too: bool = True, copy: bool = False) -> Be
     sources = tuple(write_model(root / name, m, {}) for name, m in sorted(models.items()))
     write_examples(root / "train.parquet", per_class=20, seed=1)
     write_examples(root / "test.parquet", per_class=20, seed=2)
-    return Bench(root=root, base=base, sources=sources)
+    return Bench(root=root, base=base, sources=sources, admit=True)
 
 
 def tune_section(root: Path, **changes: Any) -> dict[str, Any]:

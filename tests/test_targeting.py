@@ -348,7 +348,7 @@ def test_a_source_listed_in_another_place_gives_the_same_bytes(
     twins: Bench, tmp_path: Path
 ) -> None:
     merged(twins)
-    others = {"models": [str(s) for s in reversed(twins.sources)], "out": str(tmp_path / "o")}
+    others = {"models": list(reversed(twins.raw()["models"])), "out": str(tmp_path / "o")}
     merged(twins, **others)
     assert weights(tmp_path / "o") == weights(twins.out)
 

@@ -7,9 +7,10 @@ from typing import Any, cast
 from svdmerge.errors import CheckpointError
 from svdmerge.storage.filesystem import Folder
 
-# As they are looked for; of the largest vocabularies they have tens of megabytes.
+# As they are looked for.
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
-MAX_BYTES = 100 << 20
+# Those of a quarter of a million tokens have 35 MB.
+MAX_BYTES = 64 << 20
 
 
 def read_vocabulary(folder: Folder) -> dict[str, int]:

@@ -166,7 +166,7 @@ def test_whatif_is_not_certain_where_unstored_values_might_win(tmp_path: Path) -
     base = model("base", 0)
     start = tiny.read_model(base)["a.weight"]
     sources = (model("one", 1, start), model("two", 2, start))
-    bench = Bench(root=tmp_path, base=base, sources=sources)
+    bench = Bench(root=tmp_path, base=base, sources=sources, admit=True)
     changes = {"parameters": {"k": 4}}
     bench.run(**changes)
     told = whatif(bench.plan(**changes), budgets=[4, 8, 24, 40, 90])
@@ -183,6 +183,7 @@ def test_whatif_of_a_model_with_an_empty_matrix(tmp_path: Path) -> None:
         root=tmp_path,
         base=tiny.write_model(tmp_path / "base", models[0]),
         sources=(tiny.write_model(tmp_path / "source", models[1]),),
+        admit=True,
     )
     report = bench.run(parameters={"k": 2})
     (told,) = whatif(bench.plan(parameters={"k": 2}), budgets=[2])
