@@ -126,7 +126,7 @@ class _Fitting:
             and name in self._tensors
             and self._recipe.ruling("mismatch", name) == "tokens"
         ]
-        if not names or self._source.is_partial:
+        if not names:
             return
         ours, theirs = (read_vocabulary(x.folder) for x in (self._base, self._source))
         for name in names:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from merging import Bench, command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import write_model
 from torch import Tensor
 
@@ -358,6 +358,27 @@ def test_embeddings_of_another_vocabulary_stay_the_bases_and_sizes_are_told(
     bench.run()
     got = load_file(bench.out / "model.safetensors")
     assert torch.equal(got["embed.weight"], base["embed.weight"])
+
+
+def test_an_adapter_that_saved_embeddings_with_tokens_added_is_merged(
+    tmp_path: Path, base: Weights
+) -> None:
+    bench = bench_of(tmp_path, base)
+    own = torch.cat([base["embed.weight"][: len(TOKENS)] + 1.0, torch.ones(5, D)])
+    pair = {"out.lora_A.weight": torch.ones(1, D), "out.lora_B.weight": torch.ones(D, 1)}
+    (tmp_path / "lora").mkdir()
+    save_file(pair | {"embed.weight": own}, tmp_path / "lora" / "adapter_model.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"r": 1, "lora_alpha": 1}))
+    models = [str(tmp_path / "lora")]
+    (unlike,) = everywhere(bench, models=models).values()
+    assert unlike["embed.weight"]["told"] == "F32 [11, 10] for F32 [8, 10]: the base's"
+    with pytest.raises(MismatchError, match=r"embed.weight is F32 \[11, 10\]"):
+        bench.plan(models=models, policies=[{"match": "embed.weight", "policy": "average"}])
+    put_tokenizer(bench.base, TOKENS)
+    put_tokenizer(tmp_path / "lora", [*TOKENS, "<new>"])
+    got = averaged(bench, models=models, policies=[MERGED])["embed.weight"]
+    assert torch.allclose(got[: len(TOKENS)], own[: len(TOKENS)], atol=1e-6)
+    assert torch.equal(got[len(TOKENS) :], base["embed.weight"][len(TOKENS) :])
 
 
 def test_without_a_tokenizer_tokens_cannot_be_matched(tmp_path: Path, base: Weights) -> None:
