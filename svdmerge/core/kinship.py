@@ -10,6 +10,9 @@ from statistics import median
 UNRELATED = 0.7
 # Among sources of one library: so many times the others' median, where it is not small either.
 OUTLYING, SMALL = 10.0, 0.2
+# What a base's norm counts for at least: of a base of zeros only itself is kin, and reports hold no
+# infinities, which are no JSON.
+LEAST = 1e-30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +44,7 @@ def kinship_of(matrices: Iterable[Norms]) -> Kinship | None:
     if not found:
         return None
     size, base = math.hypot(*(x.fro for x in found)), math.hypot(*(x.base_fro for x in found))
-    # Of a base of zeros nothing is a fine-tune but itself.
-    norm = size / base if base else math.inf if size else 0.0
+    norm = size / max(base, LEAST)
     ranks = [(x.fro / x.largest) ** 2 / x.rank for x in found if x.largest]
     return Kinship(norm=norm, effective_rank=median(ranks) if ranks else None)
 

@@ -4,11 +4,36 @@ import math
 
 import pytest
 
-from svdmerge.core.kinship import Kinship, strangers
+from svdmerge.core.kinship import Kinship, Norms, kinship_of, strangers
 
 
 def kin(norm: float, rank: float = 0.05) -> Kinship:
     return Kinship(norm=norm, effective_rank=rank)
+
+
+def test_squares_add_up_over_matrices_and_ranks_have_a_median() -> None:
+    found = kinship_of([
+        Norms(fro=3.0, base_fro=30.0, largest=3.0, rank=4),
+        Norms(fro=4.0, base_fro=40.0, largest=2.0, rank=8),
+        Norms(fro=0.0, base_fro=0.0, largest=0.0, rank=8),
+        Norms(fro=0.0, base_fro=0.0),
+    ])  # fmt: skip
+    assert found == Kinship(norm=0.1, effective_rank=0.375)  # of 1/4 and 4/8
+    assert kinship_of([]) is None
+    assert kinship_of([Norms(fro=0.1, base_fro=1.0)]) == Kinship(norm=0.1, effective_rank=None)
+
+
+def test_of_a_base_of_zeros_only_itself_is_kin() -> None:
+    same, other = (kinship_of([Norms(fro=fro, base_fro=0.0)]) for fro in (0.0, 1e-3))
+    assert same is not None
+    assert other is not None
+    assert math.isfinite(other.norm)
+    assert list(strangers({"same": same, "other": other})) == ["other"]
+
+
+def test_an_effective_rank_that_is_unknown_is_not_told() -> None:
+    (told,) = strangers({"a": Kinship(norm=2.0, effective_rank=None)}).values()
+    assert told == "its difference is 2 times the base's norm"
 
 
 def test_fine_tunes_are_kin() -> None:
