@@ -59,7 +59,14 @@ def demo(
 
 
 @app.command()
-def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) -> None:
+def plan(
+    recipe: RecipePath,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read some weights: are sources of this base?")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """Show what happens to every tensor, and the costs, from headers alone."""
 
     def work() -> None:
@@ -67,14 +74,27 @@ def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) ->
         from svdmerge.engine.plan import make_plan
         from svdmerge.recipe import load_recipe
 
-        found = estimate(make_plan(load_recipe(recipe)))
+        made = make_plan(load_recipe(recipe))
+        found = estimate(made)
 
         def tables() -> list[Any]:
             from svdmerge.tables import plan_tables
 
             return plan_tables(found)
 
-        show(as_json, found.to_json, tables)
+        if not deep:
+            return show(as_json, found.to_json, tables)
+        from svdmerge.engine.kinship import deep_plan, judge
+        from svdmerge.tables import deep_tables
+
+        looked = deep_plan(made)
+        show(
+            as_json,
+            lambda: found.to_json() | {"deep": looked.to_json()},
+            lambda: [*tables(), *deep_tables(looked)],
+        )
+        judge(made, looked.kinships)
+        return None
 
     guard(work, verbose=verbose)
 

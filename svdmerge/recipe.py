@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -18,7 +20,9 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -64,6 +68,24 @@ def parse_density(value: object) -> float:
     return float(share)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRows:
+    """Rows first..stop-1 of a tensor, all from `first` on where `stop` is None."""
+
+    tensor: str
+    first: int = 0
+    stop: int | None = None
+
+
+def parse_rows(text: str) -> TensorRows:
+    """`a.weight[0:768]` -> those rows of a.weight; `a.weight` -> all of them."""
+    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", text)
+    if not found:
+        return TensorRows(tensor=text)
+    name, first, stop = found.groups()
+    return TensorRows(tensor=name, first=int(first or 0), stop=int(stop) if stop else None)
+
+
 Share = Annotated[int | float, BeforeValidator(parse_share)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
@@ -74,6 +96,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 class SourceModel(Section):
     """A source: where it lies and how much it counts."""
 
@@ -82,6 +108,23 @@ class SourceModel(Section):
     """Scales this source's singular values and its share of the averages alike."""
     quota: Annotated[float, BeforeValidator(parse_density)] = 1.0
     """Share of each matrix's slots that it may take: floor(quota * budget + 1e-9), at least 1."""
+    admit: bool = False
+    """Merge it even if it lies so far from the base that it seems to come from another one."""
+
+    tensors: dict[str, Annotated[tuple[str, ...], BeforeValidator(_listed)]] = {}
+    """Of the base's tensors, where the source cuts or names them otherwise, what to put together
+    of the source's, one below the other: names, or rows of them as `name[0:768]`. A star stands
+    for the same on both sides."""
+
+    @model_validator(mode="after")
+    def _stars_agree(self) -> "SourceModel":
+        for name, given in self.tensors.items():
+            for text in given:
+                if text.count("*") != name.count("*"):
+                    raise ValueError(f"tensors: {name}: got {text!r}; expected as many stars")
+            if not given:
+                raise ValueError(f"tensors: {name}: got nothing; expected tensors of the source")
+        return self
 
 
 def _source(value: object) -> object:
@@ -109,10 +152,28 @@ class Parameters(Section):
 
 
 class PolicyRule(Section):
-    """What happens to the tensors whose name matches a glob."""
+    """What happens to the tensors whose name matches a glob; the first rule that says it counts."""
 
     match: str
-    policy: Literal["base", "average", "decompose", "error"]
+    policy: Literal["base", "average", "decompose", "error"] | None = None
+    """What the merge makes of it."""
+    missing: Literal["error", "base"] | None = None
+    """Where a full source lacks it; `base`: it has no difference there. By default an error."""
+    mismatch: Literal["error", "base", "tokens"] | None = None
+    """Where a source has it in another shape; `tokens`: rows, along the first axis, are those of
+    tokens and matched by them, whatever their numbers. By default an error."""
+    extra: Literal["ignore", "error"] | None = None
+    """Where only a source has it. By default it is left out."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "PolicyRule":
+        if not (self.policy or self.missing or self.mismatch or self.extra):
+            raise ValueError("expected `policy`, `missing`, `mismatch` or `extra`")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_it_says(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class Resources(Section):
@@ -375,7 +436,12 @@ class Recipe(Section):
     @property
     def rules(self) -> tuple[Policy, ...]:
         """The policies as the core takes them."""
-        return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies)
+        return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies if p.policy)
+
+    def ruling(self, what: Literal["missing", "mismatch", "extra"], name: str) -> str | None:
+        """What the first policy that says so has a tensor be where it is missing, and so on."""
+        rules = (p for p in self.policies if getattr(p, what) and fnmatchcase(name, p.match))
+        return next((str(getattr(p, what)) for p in rules), None)
 
     def numeric_digest(self) -> str:
         """sha256 of what the numbers depend on besides the models: not `out`, `store`, or order."""

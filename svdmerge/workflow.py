@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from svdmerge import __version__
-from svdmerge.engine import assemble, select
+from svdmerge.engine import assemble, kinship, select
 from svdmerge.engine.decompose import decompose, pending
-from svdmerge.engine.estimate import estimate
+from svdmerge.engine.estimate import estimate, unlike
 from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
@@ -62,8 +62,9 @@ class Run:
         self._reported_at = 0.0
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         self.report = RunReport(
-            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
-        )
+            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri,
+            unlike=dict[str, dict[str, Any]](unlike(self.plan)),
+        )  # fmt: skip
         self.report.warnings += notices(self.plan)
 
     def all(self) -> RunReport:
@@ -85,7 +86,9 @@ class Run:
         self._save_report()
         return self.report
 
-    def decompose(self, *, whole: bool = False) -> None:
+    def decompose(
+        self, *, whole: bool = False, judge: Callable[[Inventory], None] = lambda _: None
+    ) -> None:
         """Store the components that the selection needs and are not stored yet; `whole`: all that
         each source could give by itself."""
         self.plan.run_folder.put("plan.json", _plan_json(self.plan))
@@ -96,6 +99,7 @@ class Run:
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
+                judge=judge,
             ),
         )
 
@@ -146,7 +150,12 @@ class Run:
         return Targeting(self.plan, config, runtime=self._runtime, progress=self._progress)
 
     def select(self) -> pa.Table:
-        """The selection. Raises: StoreError, if a source is not decomposed."""
+        """The selection.
+
+        Raises:
+            StoreError: a source is not decomposed.
+            MismatchError: a source seems to come from another base.
+        """
         inventory = self._inventory()
         if missing := next(pending(self.plan, inventory), None):
             raise StoreError(
@@ -154,6 +163,7 @@ class Run:
                 f"First missing: {missing.name}.",
                 "Run `svdmerge decompose` first.",
             )
+        self._judge(inventory)
         self.adapt()
         table: list[pa.Table] = []
 
@@ -232,10 +242,21 @@ class Run:
             self.report.status = "unchanged"
             self.adapt()  # what was chosen then holds, and is told again
         else:
-            self.decompose()
+            # After the first round, before what may be wrong is decomposed any deeper.
+            self.decompose(judge=self._judge)
             self.assemble(self.select())
         if self.plan.recipe.tune is not None:
             self.tune()
+
+    def _judge(self, inventory: Inventory) -> None:
+        """Refuse sources that seem to come from another base; once is enough."""
+        if not self.report.kinship:
+            self.report.kinship = dict(
+                kinship.stored_kinships(
+                    self.plan, inventory, runtime=self._runtime, progress=self._progress
+                )
+            )
+            self.report.warnings += kinship.judge(self.plan, self.report.kinship)
 
     def _inventory(self) -> Inventory:
         return take_inventory(self.plan, runtime=self._runtime, progress=self._progress)

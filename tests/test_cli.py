@@ -19,7 +19,7 @@ from svdmerge.cli import app
 
 FLAGS = {
     "demo": ["--address", "--json", "--out", "--verbose", "-v"],
-    "plan": ["--json", "--verbose", "-v", "RECIPE"],
+    "plan": ["--deep", "--json", "--verbose", "-v", "RECIPE"],
     "run": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "decompose": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "select": ["--address", "--json", "--verbose", "-v", "RECIPE"],
@@ -376,4 +376,5 @@ def test_tensors_a_run_leaves_out_are_told(bench: Bench) -> None:
     told = result("run", bench.write_recipe(), "--address", "none")
     assert "classifier.weight" in told["warnings"][0]
     planned = result("plan", bench.write_recipe())
-    assert planned["ignored"] == {str(bench.sources[0]): ["classifier.weight"]}
+    told = {"kind": "extra", "told": "the base lacks it: left out"}
+    assert planned["unlike"] == {str(bench.sources[0]): {"classifier.weight": told}}

@@ -228,7 +228,7 @@ def test_sources_that_divide_a_budget_store_no_more_than_their_part(tmp_path: Pa
         tiny.write_model(tmp_path / f"s{i}", {"a.weight": random_matrix(60, 96, i)})
         for i in (1, 2, 3, 4)
     )
-    bench = Bench(root=tmp_path, base=base, sources=sources)
+    bench = Bench(root=tmp_path, base=base, sources=sources, admit=True)
     plan = bench.plan(merge_method="tsv_m", parameters={})
     assert [(plan.of_each(p), plan.depth(p)) for p in plan.parameters] == [(15, 16)]
     report = bench.run(merge_method="tsv_m", parameters={})
