@@ -42,10 +42,10 @@ SHRINKS = 15.0
 # By how much at least where they do: of a matrix that is noise from some value on they stand still.
 LEAST = 1.01
 # Noise begins where the rest of a block does not fall, its last value above this share of its first
-# (0.85 to 0.9 measured at the first look; power laws only in the last third of a block), and
+# (0.79 to 0.9 measured at the first look; power laws only in the last third of a block), and
 # residuals shrink by less than this in a step (1.3 to 1.6 there, 8 to 15 on power laws). What has
 # converged is then all that stands out: the rest would take two to three times the steps.
-LEVEL, CREEPS = 0.8, 2.0
+LEVEL, CREEPS = 0.75, 2.0
 # Steps between the looks that tell, and left at least.
 SHORT = 2
 # A spectrum whose last value of a block is above this share of the first does not fall: finding
