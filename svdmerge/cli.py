@@ -30,6 +30,9 @@ app.add_typer(adapter_app, name="adapter")
 app.add_typer(kind_app, name="kind")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Of the output's weights files, as 5GB; the recipe's if none.")
+]
 StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="A folder or fsspec URI.")]
 
 
@@ -81,10 +84,14 @@ def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) ->
 
 @app.command()
 def run(
-    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+    recipe: RecipePath,
+    max_shard_size: MaxShardSize = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Decompose, select, assemble, and tune if the recipe asks. Resumes by itself."""
-    _staged(recipe, lambda run: run.all(), address, as_json, verbose)
+    _staged(recipe, lambda run: run.all(), address, as_json, verbose, max_shard_size)
 
 
 @app.command()
@@ -105,10 +112,16 @@ def select(
 
 @app.command()
 def assemble(
-    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+    recipe: RecipePath,
+    max_shard_size: MaxShardSize = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Merge what is selected and write the model."""
-    _staged(recipe, lambda run: run.attempt(run.assemble), address, as_json, verbose)
+    _staged(
+        recipe, lambda run: run.attempt(run.assemble), address, as_json, verbose, max_shard_size
+    )
 
 
 @app.command()
@@ -330,7 +343,12 @@ def main() -> None:
 
 
 def _staged(
-    recipe: Path, stage: "Callable[[Run], RunReport]", address: str, as_json: bool, verbose: bool
+    recipe: Path,
+    stage: "Callable[[Run], RunReport]",
+    address: str,
+    as_json: bool,
+    verbose: bool,
+    max_shard_size: str | None = None,
 ) -> None:
     """Run one stage, or all, of a recipe."""
 
@@ -340,7 +358,8 @@ def _staged(
         from svdmerge.tables import run_tables
         from svdmerge.workflow import Run, prepare
 
-        loaded = load_recipe(recipe)
+        given = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        loaded = load_recipe(recipe, **given)
         prepare(loaded, address=address)  # its faults are told before Ray starts
         with open_runtime(address) as runtime:
             report = stage(Run(loaded, runtime=runtime, progress=progress()))

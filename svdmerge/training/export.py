@@ -16,14 +16,14 @@ from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import (
     OutputTensor,
-    copy_side_files,
-    index_json,
+    put_index,
     split,
     write_safetensors,
 )
 from svdmerge.storage.manifest import Covered, put_unit
-from svdmerge.storage.output import release, staging, take_place, written_files
+from svdmerge.storage.output import UNFINISHED, release, staging, take_place, written_files
 from svdmerge.storage.shards import Rows
+from svdmerge.storage.side_files import copy_side_files
 from svdmerge.training.adapter import (
     ADAPTER,
     HEAD,
@@ -36,17 +36,13 @@ from svdmerge.training.adapter import (
 )
 from svdmerge.training.peft_export import write_peft
 
-MARKER = ".svdmerge-tune-partial"
-# The Hugging Face default: larger files fail on some stores and tools.
-MAX_SHARD_BYTES = 5 * 10**9
-
 Form = Literal["model", "peft", "peft-on-merged"]
 
 
 def check_out(out: Folder) -> None:
     """Raise OutputError if the folder holds anything but an earlier, or unfinished, tuning."""
     names = out.names()
-    if names and not {TUNE, MARKER} & set(names):
+    if names and not {TUNE, UNFINISHED} & set(names):
         raise OutputError(
             f"{out.uri}: holds something else ({', '.join(names[:3])})",
             f"Only an earlier tuned model, with its {TUNE}, is ever replaced.",
@@ -81,7 +77,7 @@ def export(
         }
         staged.put(TUNE, (json.dumps(manifest, indent=1) + "\n").encode())
         check_out(out)  # once more: a user may have put files there meanwhile
-        _publish(staged, out)
+        take_place(staged, out)
     finally:
         release(staged)
 
@@ -94,8 +90,7 @@ def _write(
     head: LinearHead | None,
     scratch: Folder,
 ) -> None:
-    """Everything but the manifest; a marker tells an unfinished folder as ours."""
-    staged.put(MARKER, b"")
+    """Everything but the manifest."""
     saved = adapted.config.saved
     if "adapter" in saved:
         staged.put(ADAPTER, adapter_bytes(adapter))
@@ -105,7 +100,6 @@ def _write(
         write_peft(staged.child("peft"), adapted, on_merged=False)
     if head is not None:
         staged.put(HEAD, files.save(_head_tensors(head), metadata={"format": "pt"}))
-    staged.remove(MARKER)
 
 
 def export_adapter(tuned: str, to: str, *, form: Form, places: Mapping[str, str | None]) -> Folder:
@@ -115,7 +109,7 @@ def export_adapter(tuned: str, to: str, *, form: Form, places: Mapping[str, str 
         OutputError: `to` is not empty, or the merged factors are not the adapter's.
     """
     out = Folder.at(to)
-    if names := out.names():
+    if (names := out.names()) and UNFINISHED not in names:
         raise OutputError(
             f"{out.uri}: is not empty ({', '.join(names[:3])})", "", "Give a new folder."
         )
@@ -131,16 +125,16 @@ def export_adapter(tuned: str, to: str, *, form: Form, places: Mapping[str, str 
     except BaseException:
         staged.remove()
         raise
-    _publish(staged, out)
+    take_place(staged, out)
     return out
 
 
 def write_model(staged: Folder, adapted: Adapted, *, scratch: Folder) -> None:
     """Write the adapted model whole, with its configuration and tokenizer."""
+    copy_side_files(adapted.base, staged)
     export_model(
         staged, base=adapted.base, merged=adapted.merged, changes=adapted.changes, scratch=scratch
     )
-    copy_side_files(adapted.base, staged)
 
 
 def export_model(
@@ -166,11 +160,10 @@ def export_model(
         )
         for name, ref in base.tensors.items()
     ]
-    parts = split(tensors, max_bytes=MAX_SHARD_BYTES)
+    parts = split(tensors, max_bytes=None)
     for file, part in parts.items():
         write_safetensors(staged, file, tensors=part, factors=scratch)
-    if len(parts) > 1:
-        staged.put("model.safetensors.index.json", index_json(parts))
+    put_index(staged, parts)
     scratch.remove()
 
 
@@ -207,8 +200,3 @@ def _head_tensors(head: LinearHead) -> dict[str, Tensor]:
         "bias": head.bias.to(torch.float32).contiguous(),
         "classes": torch.arange(head.bias.shape[0]),
     }
-
-
-def _publish(staged: Folder, out: Folder) -> None:
-    if staged != out:
-        take_place(staged, out)
