@@ -262,7 +262,9 @@ def import_mergekit(
 
 @adapter_app.command("export")
 def adapter_export(
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A folder that tuning wrote.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder that tuning wrote, or a merge.")
+    ],
     to: Annotated[str, typer.Option(help="An empty folder or URI to write.")],
     form: Annotated[
         Literal["model", "peft", "peft-on-merged"],
@@ -270,20 +272,31 @@ def adapter_export(
             "--format", help="The full model, or a PEFT LoRA on the base or the merged model."
         ),
     ] = "model",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of LoRA layers, at most; by default the full one.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="As `tune.model`: the class that it is for.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it moved.")] = None,
     merged: Annotated[str | None, typer.Option(help="The merged model, if it moved.")] = None,
     factors: Annotated[str | None, typer.Option(help="The merged factors, if moved.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a tuned adapter as a full model, or as an adapter for PEFT."""
+    """Write a tuned adapter as a full model, or that or a merge as an adapter for PEFT."""
 
     def work() -> None:
+        from dataclasses import asdict
+
+        from svdmerge.storage.filesystem import Folder
         from svdmerge.training.export import export_adapter
 
         places = {"base": base, "merged": merged, "factors": factors}
-        out = export_adapter(tuned, to, form=form, places=places).uri
-        show(as_json, lambda: {"out": out, "format": form}, lambda: [f"done: {out}"])
+        found = export_adapter(folder, to, form=form, rank=rank, model=model, places=places)
+        out = Folder.at(to).uri
+        told = {"out": out, "format": form} | ({} if found is None else asdict(found))
+        show(as_json, lambda: told, lambda: [*([found.told] if found else []), f"done: {out}"])
 
     guard(work, verbose=verbose)
 

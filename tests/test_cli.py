@@ -32,10 +32,12 @@ FLAGS = {
         "--format",
         "--json",
         "--merged",
+        "--model",
+        "--rank",
         "--to",
         "--verbose",
         "-v",
-        "TUNED",
+        "FOLDER",
     ],
     "whatif": [
         "--json",

@@ -1,7 +1,8 @@
-"""The adapted model as files: adapter, full model or PEFT adapter, the head, what they are."""
+"""The merged or adapted model as files: full model, adapter, PEFT adapter, head, manifest."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -21,7 +22,14 @@ from svdmerge.storage.hf_model import (
     write_safetensors,
 )
 from svdmerge.storage.manifest import Covered, put_unit
-from svdmerge.storage.output import UNFINISHED, release, staging, take_place, written_files
+from svdmerge.storage.output import (
+    UNFINISHED,
+    read_manifest,
+    release,
+    staging,
+    take_place,
+    written_files,
+)
 from svdmerge.storage.shards import Rows
 from svdmerge.storage.side_files import copy_side_files
 from svdmerge.training.adapter import (
@@ -35,6 +43,8 @@ from svdmerge.training.adapter import (
     open_adapted,
 )
 from svdmerge.training.peft_export import write_peft
+from svdmerge.training.peft_report import PeftReport
+from svdmerge.training.plain import open_merged
 
 Form = Literal["model", "peft", "peft-on-merged"]
 
@@ -102,31 +112,64 @@ def _write(
         staged.put(HEAD, files.save(_head_tensors(head), metadata={"format": "pt"}))
 
 
-def export_adapter(tuned: str, to: str, *, form: Form, places: Mapping[str, str | None]) -> Folder:
-    """The folder that a tuned adapter was written to in another form, its head beside it.
+def export_adapter(
+    folder: str,
+    to: str,
+    *,
+    form: Form,
+    rank: int | None = None,
+    model: str | None = None,
+    places: Mapping[str, str | None],
+) -> PeftReport | None:
+    """Write a tuned adapter, or a merge, to a folder in another form, its head beside it; what an
+    adapter leaves out.
 
     Raises:
-        OutputError: `to` is not empty, or the merged factors are not the adapter's.
+        OutputError: `to` is not empty, the merged factors are not the adapter's, or the folder
+            holds nothing that has this form.
     """
-    out = Folder.at(to)
+    out, given = Folder.at(to), Folder.at(folder)
     if (names := out.names()) and UNFINISHED not in names:
         raise OutputError(
             f"{out.uri}: is not empty ({', '.join(names[:3])})", "", "Give a new folder."
         )
-    adapted = open_adapted(tuned, **places)
+    adapted = _opened(given, form=form, model=model, places=places)
     staged = staging(out, plan_hash="exported")
+    report: PeftReport | None = None
     try:
         if form == "model":
             write_model(staged, adapted, scratch=staged.child(".change"))
         else:
-            write_peft(staged, adapted, on_merged=form == "peft-on-merged")
-        if Folder.at(tuned).stat(HEAD) is not None:
-            staged.put(HEAD, Folder.at(tuned).read(HEAD))
+            report = write_peft(staged, adapted, on_merged=form == "peft-on-merged", rank=rank)
+        if given.stat(HEAD) is not None:
+            staged.put(HEAD, given.read(HEAD))
     except BaseException:
         staged.remove()
         raise
+    finally:
+        release(staged)
     take_place(staged, out)
-    return out
+    return report
+
+
+def _opened(
+    folder: Folder, *, form: Form, model: str | None, places: Mapping[str, str | None]
+) -> Adapted:
+    """What a tuned folder, or a run's output, holds."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        found = open_adapted(folder.uri, **places)
+        named = found.config.model_copy(update={"model": model or found.config.model})
+        return replace(found, config=named)
+    if form != "peft":
+        raise OutputError(
+            f"{folder.uri}: is a merge without tuning",
+            "It is the full model already." if form == "model" else "Nothing is on top of it.",
+            "Export it as `peft`, or give the folder of a tuned model.",
+        )
+    return open_merged(
+        folder, manifest, model=model, base=places.get("base"), factors=places.get("factors")
+    )
 
 
 def write_model(staged: Folder, adapted: Adapted, *, scratch: Folder) -> None:
