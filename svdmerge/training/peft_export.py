@@ -84,6 +84,8 @@ def write_peft(
     report = PeftReport(
         base=on.reference,
         merged=adapted.merged.reference,
+        model=adapted.config.model,
+        tuned=bool(adapted.changes),
         rank=rank,
         relative_error=error,
         matrices=of_each,

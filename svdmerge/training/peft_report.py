@@ -18,6 +18,10 @@ class PeftReport:
     base: str
     """The model that it is put on."""
     merged: str
+    model: str
+    """The class that it is for, as `tune.model` names it."""
+    tuned: bool
+    """Whether it holds what tuning changed, besides the merge or alone."""
     rank: int | None
     """The most components of a matrix; None: as many as each has."""
     relative_error: float
