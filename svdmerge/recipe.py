@@ -174,6 +174,11 @@ class TuneConfig(Section):
     images (in the order of their names)."""
     test: str = ""
     """Examples that the result is measured on; never trained or selected on."""
+    dataset: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """The hub's dataset that `test` is of, as org/name: the result is written to `.eval_results`
+    for it. By default that of an hf://datasets URI."""
+    dataset_task: str = "default"
+    """Which of that dataset's tasks."""
     input: str = "text"
     """Column of the inputs. Of images: encoded bytes, {bytes, path}, or paths beside the file."""
     label: str = "label"

@@ -69,16 +69,20 @@ def export(
     head: LinearHead | None,
     key: str,
     result_json: str,
+    results: Mapping[str, bytes],
     scratch: Folder,
 ) -> None:
     """Write what `save` asks for: beside its place and renamed if local, else `tune.json` last.
 
-    `key` names this tuning; `scratch` is where changes pass to the weights' writer.
+    `key` names this tuning; `results` are files for the hub, by path; `scratch` is where changes
+    pass to the weights' writer.
     """
     check_out(out)
     staged = staging(out, plan_hash=key)
     try:
         _write(staged, adapted=adapted, adapter=adapter, head=head, scratch=scratch)
+        for name, data in results.items():
+            staged.put(name, data)
         metadata = {"tuning": key, "base": adapted.base.revision, "merged": adapted.merged.revision}
         manifest = json.loads(result_json) | {
             "metadata": metadata,
