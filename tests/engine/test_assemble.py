@@ -11,7 +11,9 @@ import tiny
 from fsspec.implementations.memory import MemoryFileSystem
 from merging import Bench, micro_bench, tiny_bench
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from svdmerge.cli import app
 from svdmerge.errors import CheckpointError, StoreError
 from svdmerge.storage.checkpoint import INDEX, open_checkpoint
 from svdmerge.storage.filesystem import Folder
@@ -37,6 +39,16 @@ def test_another_shard_size_is_written_from_what_is_merged(tmp_path: Path) -> No
     assert len(list(bench.out.glob("*.safetensors"))) > 2
     assert bench.run(max_shard_size="8KB").status == "unchanged"
     assert bench.run(max_shard_size="4KB").status == "done"
+
+
+def test_the_command_line_says_a_size_too(tmp_path: Path) -> None:
+    bench = micro_bench(tmp_path)
+    command = ["run", str(bench.write_recipe()), "--address", "none", "--max-shard-size"]
+    assert CliRunner().invoke(app, [*command, "1KB"]).exit_code == 0
+    assert len(list(bench.out.glob("model-0000*.safetensors"))) == 3
+    told = CliRunner().invoke(app, [*command, "many"])
+    assert told.exit_code == 2
+    assert "max_shard_size: got 'many'; expected a size" in told.stderr
 
 
 def test_a_shard_that_is_not_what_was_written_is_told_and_nothing_is_published(
