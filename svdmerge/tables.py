@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.table import Table
 
 if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
+    from svdmerge.claims import Check
     from svdmerge.core.kinship import Kinship
     from svdmerge.engine.estimate import Estimate
     from svdmerge.engine.kinship import DeepPlan
@@ -16,7 +17,6 @@ if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
     from svdmerge.targeting import Ranking
     from svdmerge.training.result import Row
     from svdmerge.training.targets import TargetOutcome, TargetsResult
-    from svdmerge.verify import Check
 
 
 def table(title: str, *, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -251,12 +251,15 @@ def whatif_table(outcomes: Sequence["Outcome"]) -> Table:
     return table("Components kept", columns=("k", *names), rows=rows)
 
 
+_OUTCOMES = {True: "held", False: "FAILED", None: "not checked"}
+
+
 def verify_table(checks: Sequence["Check"]) -> Table:
     """Claims and whether they held."""
     return table(
         "Claims",
         columns=("claim", "", "detail"),
-        rows=((c.claim, "held" if c.held else "FAILED", c.detail) for c in checks),
+        rows=((c.claim, _OUTCOMES[c.held], c.detail) for c in checks),
     )
 
 

@@ -112,7 +112,7 @@ def test_a_run_merges_every_tensor_as_the_formula_says(bench: Bench, method: str
     formula = all_expected(bench, method)
     assert worst_distance(factor_deltas(bench.plan(**recipe)), formula) <= 2e-6
     assert worst_distance(output_deltas(bench.out, numbers(bench.base)), formula) <= 1e-5
-    assert [c.claim for c in verify(str(bench.out)) if not c.held] == []
+    assert [c.claim for c in verify(str(bench.out)) if c.held is False] == []
     assert f"merge_method: {method}" in (bench.out / "README.md").read_text()
 
 

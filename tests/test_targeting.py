@@ -305,7 +305,7 @@ def test_the_outputs_held_out_loss_is_the_one_the_choice_was_made_by(twins: Benc
 
 def test_verify_holds_on_what_examples_chose(bench: Bench) -> None:
     merged(bench)
-    assert [c for c in verify(str(bench.out)) if not c.held] == []
+    assert [c for c in verify(str(bench.out)) if c.held is False] == []
 
 
 def test_where_no_source_helps_the_base_is_kept_with_a_warning(helpless: Bench) -> None:
@@ -316,7 +316,7 @@ def test_where_no_source_helps_the_base_is_kept_with_a_warning(helpless: Bench) 
         n: t.numpy().tobytes() for n, t in base.items()
     }
     assert ["No source helps" in told for told in warnings(report)] == [True]
-    assert [c for c in verify(str(helpless.out)) if not c.held] == []
+    assert [c for c in verify(str(helpless.out)) if c.held is False] == []
 
 
 def test_a_second_run_takes_the_stored_choice(
