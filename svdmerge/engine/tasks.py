@@ -20,10 +20,10 @@ from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.solve import Solved, Stored, solve, solve_low_rank, stored_of
 from svdmerge.errors import ContentError, SolverError
 from svdmerge.storage import layout
-from svdmerge.storage.adapter import LowRank
 from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
+from svdmerge.storage.low_rank import LowRank
 from svdmerge.storage.manifest import Commit, Committed, Covered, put_unit
 from svdmerge.storage.shards import Rows
 
@@ -186,7 +186,7 @@ def _read(unit: DecomposeUnit, item: Item) -> tuple[tuple[torch.Tensor, ...], st
             return (), digests[0], digests[1]
         difference = (_delta(p, (item.source, source), (item.base, base)),)
     if item.low_rank is not None:
-        up, down, digest = item.low_rank.read()
+        up, down, digest = item.low_rank.read(p.start // p.numel)
         if item.is_factored:
             return (up, down), digest, ""
         product = (up @ down).reshape(p.m, p.n)

@@ -234,9 +234,8 @@ def _value(adapted: Adapted, name: str) -> Tensor:
 def _config(parts: _Parts, model: nn.Module, *, on: Checkpoint, task: str) -> dict[str, Any]:
     ranks = {path: len(c) for path, c in parts.lora.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    # PEFT takes the first pattern that a module's name ends with: the most specific goes first.
-    patterns = dict(sorted(ranks.items(), key=lambda x: (-x[0].count("."), x[0])))
-    own = patterns if set(ranks.values()) != {usual} else {}
+    # PEFT takes the first pattern that a module's name ends with, unless it is told the beginning.
+    own = {f"^{path}": rank for path, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if task == "causal_lm" else None,

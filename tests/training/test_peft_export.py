@@ -182,7 +182,7 @@ def test_ranks_are_each_matrixs_own_and_a_changed_value_costs_none(tmp_path: Pat
     found = adapted(tmp_path, BertModel(BERT))
     write_peft(Folder.at(tmp_path / "peft"), found, on_merged=False)
     config = json.loads((tmp_path / "peft" / CONFIG).read_text())
-    assert set(config["rank_pattern"].values()) == {3, 4}
+    assert {config["r"], *config["rank_pattern"].values()} == {3, 4}
     assert config["rank_pattern"] == config["alpha_pattern"]
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
 
