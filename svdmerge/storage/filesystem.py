@@ -232,18 +232,37 @@ class Folder:
                     out.write(data)
                     _sync(out)
                     return _link(temporary, target)
-            try:
-                if self.exists(relative):
-                    return False
-                self.fs.pipe_file(self.path(relative), data, mode="create")
-            except FileExistsError:
+            return not self.exists(relative) and self._created(relative, data)
+
+    def _created(self, relative: str, data: bytes) -> bool:
+        """Whether the store took a file on condition that there is none (If-None-Match)."""
+        try:
+            self.fs.pipe_file(self.path(relative), data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # s3fs tells a failed If-None-Match (HTTP 412) as EINVAL, and much else besides.
+            if error.errno == errno.EINVAL and self.exists(relative):
                 return False
-            except OSError as error:
-                # s3fs tells a failed If-None-Match (HTTP 412) as EINVAL, and much else besides.
-                if error.errno == errno.EINVAL and self.exists(relative):
-                    return False
-                raise
+            raise
+        return True
+
+    def enforces_put_once(self) -> bool:
+        """Whether of two that put a file once at the same time only one wins: tried, for a store
+        that does not know the condition takes both."""
+        if self.is_local:
             return True
+        probe = f".svdmerge-probe-{os.urandom(8).hex()}"
+        try:
+            self.put(probe, b"")
+            return not self._tried(probe)
+        finally:
+            self.remove(probe)
+
+    @_again
+    def _tried(self, relative: str) -> bool:
+        with _told(self, relative):
+            return self._created(relative, b"")
 
     @_again
     def remove(self, relative: str = "") -> None:

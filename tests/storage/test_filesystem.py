@@ -196,6 +196,10 @@ class FolderContract:
         assert folder.stat("a/once") == before
         assert folder.find() == {"a/once": 5}
 
+    def test_put_once_is_enforced_and_trying_leaves_nothing(self, folder: Folder) -> None:
+        assert folder.enforces_put_once()
+        assert folder.find() == {}
+
     def test_put_once_after_removal_writes_again(self, folder: Folder) -> None:
         assert folder.put_once("once", b"first")
         folder.remove("once")
