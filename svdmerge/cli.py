@@ -30,6 +30,9 @@ app.add_typer(adapter_app, name="adapter")
 app.add_typer(kind_app, name="kind")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Of the output's weights files, as 5GB; the recipe's if none.")
+]
 StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="A folder or fsspec URI.")]
 
 
@@ -81,10 +84,14 @@ def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) ->
 
 @app.command()
 def run(
-    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+    recipe: RecipePath,
+    max_shard_size: MaxShardSize = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Decompose, select, assemble, and tune if the recipe asks. Resumes by itself."""
-    _staged(recipe, lambda run: run.all(), address, as_json, verbose)
+    _staged(recipe, lambda run: run.all(), address, as_json, verbose, max_shard_size)
 
 
 @app.command()
@@ -105,10 +112,16 @@ def select(
 
 @app.command()
 def assemble(
-    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+    recipe: RecipePath,
+    max_shard_size: MaxShardSize = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Merge what is selected and write the model."""
-    _staged(recipe, lambda run: run.attempt(run.assemble), address, as_json, verbose)
+    _staged(
+        recipe, lambda run: run.attempt(run.assemble), address, as_json, verbose, max_shard_size
+    )
 
 
 @app.command()
@@ -249,7 +262,9 @@ def import_mergekit(
 
 @adapter_app.command("export")
 def adapter_export(
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A folder that tuning wrote.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder that tuning wrote, or a merge.")
+    ],
     to: Annotated[str, typer.Option(help="An empty folder or URI to write.")],
     form: Annotated[
         Literal["model", "peft", "peft-on-merged"],
@@ -257,20 +272,31 @@ def adapter_export(
             "--format", help="The full model, or a PEFT LoRA on the base or the merged model."
         ),
     ] = "model",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of LoRA layers, at most; by default the full one.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="As `tune.model`: the class that it is for.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it moved.")] = None,
     merged: Annotated[str | None, typer.Option(help="The merged model, if it moved.")] = None,
     factors: Annotated[str | None, typer.Option(help="The merged factors, if moved.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a tuned adapter as a full model, or as an adapter for PEFT."""
+    """Write a tuned adapter as a full model, or that or a merge as an adapter for PEFT."""
 
     def work() -> None:
+        from dataclasses import asdict
+
+        from svdmerge.storage.filesystem import Folder
         from svdmerge.training.export import export_adapter
 
         places = {"base": base, "merged": merged, "factors": factors}
-        out = export_adapter(tuned, to, form=form, places=places).uri
-        show(as_json, lambda: {"out": out, "format": form}, lambda: [f"done: {out}"])
+        found = export_adapter(folder, to, form=form, rank=rank, model=model, places=places)
+        out = Folder.at(to).uri
+        told = {"out": out, "format": form} | ({} if found is None else asdict(found))
+        show(as_json, lambda: told, lambda: [*([found.told] if found else []), f"done: {out}"])
 
     guard(work, verbose=verbose)
 
@@ -330,7 +356,12 @@ def main() -> None:
 
 
 def _staged(
-    recipe: Path, stage: "Callable[[Run], RunReport]", address: str, as_json: bool, verbose: bool
+    recipe: Path,
+    stage: "Callable[[Run], RunReport]",
+    address: str,
+    as_json: bool,
+    verbose: bool,
+    max_shard_size: str | None = None,
 ) -> None:
     """Run one stage, or all, of a recipe."""
 
@@ -340,7 +371,8 @@ def _staged(
         from svdmerge.tables import run_tables
         from svdmerge.workflow import Run, prepare
 
-        loaded = load_recipe(recipe)
+        given = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        loaded = load_recipe(recipe, **given)
         prepare(loaded, address=address)  # its faults are told before Ray starts
         with open_runtime(address) as runtime:
             report = stage(Run(loaded, runtime=runtime, progress=progress()))

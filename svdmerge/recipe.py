@@ -56,6 +56,11 @@ def parse_bytes(value: object) -> int:
     return size
 
 
+def parse_shard_size(value: object) -> int | str:
+    """`5GB` -> 5000000000, `base` as it is."""
+    return "base" if value == "base" else parse_bytes(value)
+
+
 def parse_density(value: object) -> float:
     """`20%` -> 0.2, `0.2` -> 0.2, `1` -> 1.0: a share, of entries."""
     share = parse_share(value)
@@ -66,6 +71,7 @@ def parse_density(value: object) -> float:
 
 Share = Annotated[int | float, BeforeValidator(parse_share)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+ShardSize = Annotated[int | Literal["base"], BeforeValidator(parse_shard_size)]
 
 
 class Section(BaseModel):
@@ -297,7 +303,8 @@ class Recipe(Section):
     store: str = "./svdmerge-store"
     out: str = "./merged"
     out_dtype: Literal["base", "float32", "float16", "bfloat16"] = "base"
-    max_shard_size: Bytes = 5 * 10**9
+    max_shard_size: ShardSize = "base"
+    """Of the output's weights files; `base`: as the base's tensors lie together in files."""
     resources: Resources = Resources()
     tune: TuneConfig | None = None
 
@@ -376,8 +383,8 @@ class Recipe(Section):
         return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies)
 
     def numeric_digest(self) -> str:
-        """sha256 of what the numbers depend on besides the models: not `out`, `store`, or order."""
-        skip = {"out", "store", "tune", "models", "base_model", "resources"}
+        """sha256 of what the numbers depend on besides the models: not order, places, or layout."""
+        skip = {"out", "store", "max_shard_size", "tune", "models", "base_model", "resources"}
         fields = self.model_dump(mode="json", exclude=skip)
         fields |= {"threads": self.resources.threads, "max_matrix": self.resources.max_matrix}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -392,14 +399,14 @@ class Recipe(Section):
         return yaml.safe_dump(self.dump(), sort_keys=False)
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
+def load_recipe(path: str | Path, **given: str) -> Recipe:
+    """The recipe in a YAML file; what is given stands for its own.
 
     Raises:
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong; every fault
             is named, unknown keys with the nearest known one.
     """
-    return parse_recipe(load_mapping(path), origin=str(path))
+    return parse_recipe(load_mapping(path) | given, origin=str(path))
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:

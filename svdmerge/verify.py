@@ -4,17 +4,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-import yaml
 
 from svdmerge.core.delta import all_finite
 from svdmerge.core.params import Action
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.errors import OutputError, SvdmergeError
-from svdmerge.recipe import Recipe, parse_recipe
 from svdmerge.storage.checkpoint import FLOATING, Checkpoint, TensorRef, open_checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import (
-    RECIPE,
     OutputTensor,
     load_factors,
     merged_tiles,
@@ -22,6 +19,7 @@ from svdmerge.storage.hf_model import (
 )
 from svdmerge.storage.manifest import Committed
 from svdmerge.storage.output import damaged_files, read_manifest
+from svdmerge.training.plain import read_recipe
 
 # Relative Frobenius distance that a cast to the dtype may add: half a unit in the last place of
 # every entry, doubled because the sum before it is rounded too.
@@ -64,7 +62,7 @@ def verify(out_uri: str) -> list[Check]:
     )
     checks = [files, _checked("weights reload and are finite", lambda: _finite(out))]
     try:
-        plan = make_plan(_recipe(out))
+        plan = make_plan(read_recipe(out))
     except SvdmergeError as error:
         told = str(error.args[0])
         return [*checks, Check(claim="base and sources are as they were", held=False, detail=told)]
@@ -85,14 +83,6 @@ def _checked(claim: str, check: Callable[[], str]) -> Check:
         return Check(claim=claim, held=True, detail=check())
     except SvdmergeError as error:
         return Check(claim=claim, held=False, detail=str(error.args[0]))
-
-
-def _recipe(out: Folder) -> Recipe:
-    try:
-        raw = yaml.safe_load(out.read(RECIPE))
-    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OutputError(f"{RECIPE} cannot be read ({type(error).__name__})") from None
-    return parse_recipe(raw, origin=f"{out.uri}/{RECIPE}")
 
 
 def _finite(out: Folder) -> str:

@@ -27,8 +27,9 @@ from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import CardSource, licence_in, model_card
 from svdmerge.report.run_report import RunReport, StageProgress, StageReport
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, copy_side_files
+from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, put_file, put_index
 from svdmerge.storage.output import (
+    UNFINISHED,
     Manifest,
     check_ours,
     damaged_files,
@@ -38,6 +39,7 @@ from svdmerge.storage.output import (
     staging,
     written_files,
 )
+from svdmerge.storage.side_files import copy_side_files
 
 if TYPE_CHECKING:
     from svdmerge.targeting import Ranking, Targeting
@@ -242,12 +244,14 @@ class Run:
 
     def _is_done(self) -> bool:
         """Whether the output is that of this plan, and whole."""
-        if self.plan.run_folder.stat(DONE) is None:
+        if self.plan.run_folder.stat(DONE) is None or self.out.stat(UNFINISHED) is not None:
             return False
         manifest = read_manifest(self.out)
         if manifest is None or manifest.plan_hash != self.plan.hash:
             return False
-        return not damaged_files(self.out, manifest)
+        return assemble.has_layout(self.plan, manifest.files) and not damaged_files(
+            self.out, manifest
+        )
 
     def _timed(self, name: str, work: Callable[[], Sequence[Receipt]]) -> None:
         start = time.perf_counter()
@@ -273,6 +277,7 @@ class Run:
             found = pq_bytes(select.provenance(self._merged, selection))
             written += _side_files(plan, staged, provenance=found, report=self.report)
             copy_side_files(plan.base, staged)
+            written += put_index(staged, assemble.output_files(plan))
             publish(staged, self.out, manifest=_manifest(plan, staged, written))
         finally:
             release(staged)
@@ -424,9 +429,9 @@ def _side_files(
         summary=_summary(plan) + _chosen(report),
     )
     return [
-        assemble.put_file(out, PROVENANCE, provenance),
-        assemble.put_file(out, RECIPE, recipe_yaml.encode()),
-        assemble.put_file(out, "README.md", card.encode()),
+        put_file(out, PROVENANCE, provenance),
+        put_file(out, RECIPE, recipe_yaml.encode()),
+        put_file(out, "README.md", card.encode()),
     ]
 
 

@@ -20,10 +20,10 @@ from svdmerge.cli import app
 FLAGS = {
     "demo": ["--address", "--json", "--out", "--verbose", "-v"],
     "plan": ["--json", "--verbose", "-v", "RECIPE"],
-    "run": ["--address", "--json", "--verbose", "-v", "RECIPE"],
+    "run": ["--address", "--json", "--max-shard-size", "--verbose", "-v", "RECIPE"],
     "decompose": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "select": ["--address", "--json", "--verbose", "-v", "RECIPE"],
-    "assemble": ["--address", "--json", "--verbose", "-v", "RECIPE"],
+    "assemble": ["--address", "--json", "--max-shard-size", "--verbose", "-v", "RECIPE"],
     "tune": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "rank": ["--address", "--examples", "--json", "--verbose", "-v", "RECIPE"],
     "adapter export": [
@@ -32,10 +32,12 @@ FLAGS = {
         "--format",
         "--json",
         "--merged",
+        "--model",
+        "--rank",
         "--to",
         "--verbose",
         "-v",
-        "TUNED",
+        "FOLDER",
     ],
     "whatif": [
         "--json",

@@ -264,7 +264,7 @@ def recipes() -> st.SearchStrategy[dict[str, Any]]:
             "policies": st.lists(policy, max_size=3),
             "store": name,
             "out": name,
-            "max_shard_size": st.integers(1, 10**13),
+            "max_shard_size": st.one_of(st.just("base"), st.integers(1, 10**13)),
             "resources": st.fixed_dictionaries({"memory": st.integers(1, 10**13)}),
             "tune": st.just(TUNE),
         },

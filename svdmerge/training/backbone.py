@@ -145,10 +145,13 @@ def build_module(model: str, config: Mapping[str, Any], *, origin: str) -> nn.Mo
 
 
 def _from_transformers(factory: Any, config: Mapping[str, Any]) -> nn.Module:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedModel
 
     fields = {k: v for k, v in config.items() if k != "auto_map"}  # remote code stays out
-    return factory.from_config(AutoConfig.for_model(**fields))
+    known = AutoConfig.for_model(**fields)
+    if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
+        return factory(cast(Any, known))
+    return factory.from_config(known)
 
 
 def _from_callable(

@@ -1,4 +1,4 @@
-"""The adapted model as a PEFT LoRA adapter: on the recipe's base, or on the merged model.
+"""The merged or adapted model as a PEFT LoRA adapter, on the base; or the tuning on the merge.
 
 Per matrix delta = U diag(s) Vh = B A with A = diag(sqrt|s|) Vh and B = U diag(sign(s) sqrt|s|), and
 alpha = rank, so that PEFT's scaling alpha / rank is 1. PEFT itself is not needed to write one.
@@ -11,7 +11,7 @@ model only the tuned matrices differ, and nothing else is written.
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,14 @@ from safetensors import torch as files
 from torch import Tensor, nn
 
 from svdmerge.core.components import RankOneComponents, concatenate
+from svdmerge.core.truncate import Truncated, truncated
 from svdmerge.errors import OutputError
 from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.hf_model import put_file
 from svdmerge.training.adapter import Adapted
 from svdmerge.training.backbone import Backbone, build_backbone
+from svdmerge.training.peft_report import REPORT, PeftReport, rank_errors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -44,16 +47,24 @@ class _Parts:
     """Those modules."""
 
 
-def write_peft(folder: Folder, adapted: Adapted, *, on_merged: bool) -> None:
-    """Write the adapter that makes the base, or the merged model, the adapted one.
+def write_peft(
+    folder: Folder, adapted: Adapted, *, on_merged: bool, rank: int | None = None
+) -> PeftReport:
+    """Write the adapter that makes the base, or the merged model, the adapted one; what it is.
 
-    The modules are those of the class that `tune.model` names.
+    The modules are those of the class that `tune.model` names. With `rank`, each matrix keeps at
+    most so many components, the best of that number.
 
     Raises:
         OutputError: a changed tensor belongs to the model itself and not to a module of it.
     """
     backbone = build_backbone(adapted.config, base=adapted.base)
     parts = _tuned(adapted, backbone) if on_merged else _adapted(adapted, backbone)
+    cut: dict[str, Truncated] = {}
+    if rank is not None:
+        cut = {path: truncated(c, rank=rank) for path, c in parts.lora.items()}
+        kept = {path: found.components for path, found in cut.items()}
+        parts = replace(parts, lora={path: c for path, c in kept.items() if len(c)})
     tensors: dict[str, Tensor] = {}
     for path, components in parts.lora.items():
         a, b = _factors(components, backbone.module.get_submodule(path))
@@ -65,8 +76,22 @@ def write_peft(folder: Folder, adapted: Adapted, *, on_merged: bool) -> None:
     named = {_PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     on = adapted.merged if on_merged else adapted.base
     config = _config(parts, backbone.module, on=on, task=str(adapted.config.task))
-    folder.put(WEIGHTS, files.save(named, metadata={"format": "pt"}))
-    folder.put(CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    written = [
+        put_file(folder, WEIGHTS, files.save(named, metadata={"format": "pt"})),
+        put_file(folder, CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()),
+    ]
+    error, of_each = rank_errors(parts.lora, cut)
+    report = PeftReport(
+        base=on.reference,
+        merged=adapted.merged.reference,
+        rank=rank,
+        relative_error=error,
+        matrices=of_each,
+        whole=parts.modules,
+        files={w.file: w.sha256 for w in written},
+    )
+    folder.put(REPORT, report.to_json())
+    return report
 
 
 def _tuned(adapted: Adapted, backbone: Backbone) -> _Parts:
