@@ -32,12 +32,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from svdmerge.recipe import TuneConfig
-from svdmerge.storage.checkpoint import open_checkpoint
-from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import load_factors
-from svdmerge.training.adapter import Adapted
-from svdmerge.training.peft_export import WEIGHTS, write_peft
+from svdmerge.training.export import export_adapter
+from svdmerge.training.peft_export import WEIGHTS
 
 peft = pytest.importorskip("peft")
 
@@ -60,8 +56,8 @@ class Case:
     """An architecture, and what two adapters of it adapt."""
 
     make: Callable[[], PreTrainedModel]
-    model: str
-    """What `tune.model` names."""
+    model: str | None = None
+    """What `tune.model` would name, if it is not the class of the configuration."""
     inputs: dict[str, Tensor] = field(default_factory=lambda: TOKENS)
     one: dict[str, Any]
     other: dict[str, Any]
@@ -83,7 +79,6 @@ CASES = {
         make=lambda: BertForSequenceClassification(
             BertConfig(**WIDTHS, max_position_embeddings=12, num_labels=3)
         ),
-        model="transformers:AutoModelForSequenceClassification",
         one={"target_modules": ["query", "value"], "modules_to_save": ["classifier"]},
         other={"target_modules": ["query", "dense"], "lora_bias": True, "use_rslora": True},
     ),
@@ -91,13 +86,11 @@ CASES = {
         make=lambda: GPT2LMHeadModel(
             GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=12)
         ),
-        model="transformers:AutoModelForCausalLM",
         one={"target_modules": ["c_attn"], "fan_in_fan_out": True},
         other={"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
     ),
     "llama": Case(
         make=lambda: LlamaForCausalLM(LlamaConfig(**WIDTHS, num_key_value_heads=1)),
-        model="transformers:AutoModelForCausalLM",
         one={"target_modules": ["q_proj", "v_proj"]},
         other={"target_modules": "all-linear", "rank_pattern": {"q_proj": 5}},
     ),
@@ -107,7 +100,6 @@ CASES = {
                 **WIDTHS, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2
             )
         ),
-        model="transformers:AutoModelForCausalLM",
         one={"target_modules": ["q_proj", "v_proj"], "target_parameters": EXPERTS},
         other={
             "target_modules": ["q_proj", "o_proj"],
@@ -122,7 +114,6 @@ CASES = {
                 head_dim=8,
             )
         ),
-        model="transformers:AutoModelForCausalLM",
         one={"target_modules": ["q_proj", "v_proj"], "target_parameters": EXPERTS},
         other={"target_modules": ["q_proj"], "target_parameters": EXPERTS[:1]},
     ),
@@ -130,7 +121,6 @@ CASES = {
         make=lambda: ViTForImageClassification(
             ViTConfig(**LAYERS, intermediate_size=24, image_size=16, patch_size=8, num_labels=3)
         ),
-        model="transformers:AutoModelForImageClassification",
         inputs=images(16),
         one={"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]},
         other={"target_modules": ["q_proj", "o_proj", "fc1", "fc2", "projection"]},
@@ -149,7 +139,6 @@ CASES = {
                 decoder_start_token_id=0,
             )
         ),
-        model="transformers:AutoModelForSeq2SeqLM",
         inputs={"input_ids": IDS, "decoder_input_ids": IDS.flip(1)},
         one={"target_modules": ["q", "v"]},
         other={"target_modules": ["q", "k", "o", "wi", "wo"]},
@@ -228,20 +217,9 @@ def test_the_merged_models_logits_are_those_of_dense_svds(trip: Trip) -> None:
 
 
 def test_so_are_those_of_the_base_with_the_merged_adapter(trip: Trip, tmp_path: Path) -> None:
-    if trip.kind is MixtralForCausalLM:
-        pytest.skip("the export does not stack experts that files hold one by one")
-    write_peft(Folder.at(tmp_path), merged_by(trip.bench, model=trip.case.model), on_merged=False)
+    export_adapter(
+        str(trip.bench.out), str(tmp_path), form="peft", model=trip.case.model, places={}
+    )
     adapted = peft.PeftModel.from_pretrained(trip.kind.from_pretrained(trip.bench.base), tmp_path)
     assert set(load_file(tmp_path / WEIGHTS)) == set(peft.get_peft_model_state_dict(adapted))
     assert (logits(adapted, trip.case.inputs) - trip.expected).abs().max() <= 1e-4
-
-
-def merged_by(bench: Bench, *, model: str) -> Adapted:
-    """A plain merge, as what exports adapters takes it."""
-    return Adapted(
-        base=open_checkpoint(str(bench.base)),
-        merged=open_checkpoint(str(bench.out)),
-        factors=load_factors(bench.plan(parameters={"k": K}).run_folder.child("factors")),
-        config=TuneConfig.model_validate({"train": "-", "test": "-", "model": model}),
-        changes={},
-    )

@@ -88,7 +88,7 @@ def _class_tensors(
 ) -> Mapping[str, ClassTensor]:
     """Tensors of the class that the configuration names; none if transformers does not build it."""
     model = _empty(json.loads(config))
-    return {} if model is None else _placed(model, dict(shapes))
+    return {} if model is None else class_tensors(model, dict(shapes))
 
 
 def _empty(config: dict[str, Any]) -> Any:
@@ -106,7 +106,8 @@ def _empty(config: dict[str, Any]) -> Any:
         return None
 
 
-def _placed(model: Any, shapes: Shapes) -> dict[str, ClassTensor]:
+def class_tensors(model: Any, shapes: Shapes) -> dict[str, ClassTensor]:
+    """Where the tensors of a transformers model lie in files with tensors of these shapes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
