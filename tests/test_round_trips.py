@@ -26,12 +26,17 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
 
+from svdmerge.recipe import TuneConfig
+from svdmerge.storage.checkpoint import open_checkpoint
+from svdmerge.training.backbone import build_backbone, load_weights
 from svdmerge.training.export import export_adapter
 from svdmerge.training.peft_export import WEIGHTS
 
@@ -106,6 +111,16 @@ CASES = {
             "target_parameters": [*EXPERTS, "gate.weight"],
             "rank_pattern": {"experts.gate_up_proj": 4},
         },
+    ),
+    "shared experts": Case(
+        make=lambda: Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(
+                **WIDTHS, num_key_value_heads=1, num_experts=3, num_experts_per_tok=2,
+                moe_intermediate_size=12, shared_expert_intermediate_size=28,
+            )
+        ),
+        one={"target_modules": ["q_proj", "v_proj"], "target_parameters": EXPERTS},
+        other={"target_modules": ["shared_expert.gate_proj", "shared_expert.down_proj"]},
     ),
     "stacks of experts": Case(
         make=lambda: GptOssForCausalLM(
@@ -213,6 +228,16 @@ def test_the_merged_models_logits_are_those_of_dense_svds(trip: Trip) -> None:
         logits(loaded(trip.kind, trip.bench.base), trip.case.inputs) - trip.expected
     ).abs().max() > 1e-2
     found = logits(loaded(trip.kind, trip.bench.out), trip.case.inputs)
+    assert (found - trip.expected).abs().max() <= 1e-4
+
+
+def test_tuning_starts_from_the_same_logits(trip: Trip) -> None:
+    model = trip.case.model or f"transformers:{trip.kind.__name__}"
+    config = TuneConfig(train="-", test="-", model=model)
+    base = open_checkpoint(str(trip.bench.base))
+    backbone = build_backbone(config, base=base)
+    load_weights(backbone, checkpoint=open_checkpoint(str(trip.bench.out)), base=base)
+    found = logits(backbone.module, trip.case.inputs)
     assert (found - trip.expected).abs().max() <= 1e-4
 
 
