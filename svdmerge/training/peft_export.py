@@ -286,7 +286,9 @@ def _config(
     parameters = {layer.parameter: layer.rank for layer in stacks}
     ranks = modules | parameters
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    # PEFT takes the first pattern that a module's name ends with, unless it is told the beginning.
+    # PEFT takes every module whose name ends with a target's, and the first pattern that a name
+    # ends with, unless that says that it is the whole name.
+    also = [n for n, _ in model.named_modules() if any(n.endswith(f".{m}") for m in modules)]
     own = {f"^{path}": rank for path, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",
@@ -302,6 +304,7 @@ def _config(
         "lora_bias": bool(parts.biases),
         "use_rslora": False,
         "target_modules": sorted(modules),
+        "exclude_modules": sorted(set(also) - set(modules)) or None,
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": list(parts.modules) or None,
         "fan_in_fan_out": any(_is_transposed(model.get_submodule(p)) for p in modules),
