@@ -67,7 +67,7 @@ class Run:
             plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri,
             unlike=dict[str, dict[str, Any]](unlike(self.plan)),
         )  # fmt: skip
-        self.report.warnings += notices(self.plan)
+        self.report.warnings += [*notices(self.plan), *_unguarded(self.plan.store)]
 
     def all(self) -> RunReport:
         """Every stage that is left to do; the report."""
@@ -387,6 +387,16 @@ def prepare(recipe: Recipe, *, address: str) -> Plan:
     # A local output is written beside its place and renamed at the end.
     (out.parent if out.is_local else out).probe_writable()
     return plan
+
+
+def _unguarded(store: Folder) -> list[str]:
+    """What is told of a store where two runs at once would not notice each other."""
+    if store.enforces_put_once():
+        return []
+    return [
+        f"{store.uri}: does not enforce put-once (If-None-Match), so the last of two writers wins: "
+        "run one command at a time on it"
+    ]
 
 
 def _check_shared(plan: Plan, out: Folder, *, address: str) -> None:

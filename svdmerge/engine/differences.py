@@ -10,8 +10,8 @@ from torch import Tensor
 from svdmerge.core.delta import all_finite, delta
 from svdmerge.core.params import Action, Parameter
 from svdmerge.errors import ContentError
-from svdmerge.storage.adapter import LowRank
 from svdmerge.storage.checkpoint import ITEM_BYTES, TensorRef
+from svdmerge.storage.low_rank import LowRank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def read_difference(item: Item, *, reference: str, device: str) -> Difference:
         tensors = (delta(read.source.to(device), base=read.base.to(device)),)
     if item.low_rank is None:
         return Difference(origin=origin, tensors=tensors)
-    up, down, digest = item.low_rank.read()
+    up, down, digest = item.low_rank.read(p.start // p.numel)
     if item.is_factored:
         return Difference(origin=Origin(source_sha256=digest, base_sha256=""), tensors=(up, down))
     product = (up @ down).reshape(p.m, p.n).to(device)

@@ -174,7 +174,7 @@ class _Sample:
             base = self._of_base[p.id]
             difference = delta(self._read(ref, p), base=base)
             if (low_rank := source.checkpoint.low_rank.get(p.tensor)) is not None:
-                up, down, _ = low_rank.read()
+                up, down, _ = low_rank.read(p.start // p.numel)
                 difference = difference + (up @ down)[: len(base)]
                 self.read_bytes += low_rank.nbytes
             yield Norms(

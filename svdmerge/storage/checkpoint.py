@@ -20,7 +20,7 @@ from svdmerge.storage.quantised import FP8, Scale, dequantised, scaled
 if TYPE_CHECKING:
     import torch
 
-    from svdmerge.storage.adapter import LowRank
+    from svdmerge.storage.low_rank import LowRank
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's own limit on headers.
