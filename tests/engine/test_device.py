@@ -125,7 +125,7 @@ def test_a_merge_whose_units_compute_on_a_device_is_the_cpus_merge(
     base = model("base", {name: torch.zeros(shape) for name, shape in shapes.items()})
     changes = [{n: change(*s).reshape(s) for n, s in shapes.items()} for _ in range(3)]
     sources = tuple(model(f"source-{i}", c) for i, c in enumerate(changes))
-    on_cpu = Bench(root=tmp_path, base=base, sources=sources)
+    on_cpu = Bench(root=tmp_path, base=base, sources=sources, admit=True)
     on_cpu.run()
     decompose = tasks.decompose
     monkeypatch.setattr(tasks, "decompose", lambda u: decompose(replace(u, device=device)))
