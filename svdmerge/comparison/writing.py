@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -67,8 +68,7 @@ def prepare(root: Path, shapes: Shapes, *, num_shards: int) -> Plan:
             }
         )
     )
-    for p in plan.parameters:
-        _put_factors(plan.run_folder.child(assemble.FACTORS), p)
+    _put_factors(plan)
     return plan
 
 
@@ -119,27 +119,30 @@ def _fill(path: Path, block: bytes) -> None:
             left -= file.write(block[:left])
 
 
-def _put_factors(folder: Folder, parameter: Parameter) -> None:
-    kind = "merged" if parameter.is_factored else "flat"
-    components = _factors(parameter) if parameter.is_factored else flat(torch.zeros(1, parameter.n))
+def _put_factors(plan: Plan) -> None:
+    made = {p: _factors(p) for p in plan.parameters}
     put_unit(
-        folder,
-        data_prefix=parameter.id,
-        commit_path=f"{parameter.id}.json",
-        rows=[Rows(parameter=parameter.id, kind=kind, first=0, components=components)],
+        plan.run_folder.child(assemble.FACTORS),
+        data_prefix="all",
+        commit_path="all.json",
+        rows=[Rows(parameter=p.id, kind=_kind(p), first=0, components=c) for p, c in made.items()],
         spectra=[],
         covered=[
-            Covered(
-                parameter=parameter.id, first=0, depth=len(components),
-                source_sha256="", base_sha256="",
-            )
+            Covered(parameter=p.id, first=0, depth=len(c), source_sha256="", base_sha256="")
+            for p, c in made.items()
         ],
         solver="random",
         numerics="",
-    )  # fmt: skip
+    )
+
+
+def _kind(parameter: Parameter) -> Literal["merged", "flat"]:
+    return "merged" if parameter.is_factored else "flat"
 
 
 def _factors(parameter: Parameter) -> RankOneComponents:
+    if not parameter.is_factored:
+        return flat(torch.zeros(1, parameter.n))
     rank = min(RANK, parameter.m, parameter.n)
     u, vh = (
         torch.nn.functional.normalize(torch.randn(shape, generator=_seeded(1)), dim=dim)
