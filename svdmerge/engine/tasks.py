@@ -186,10 +186,11 @@ def _read(unit: DecomposeUnit, item: Item) -> tuple[tuple[torch.Tensor, ...], st
             return (), digests[0], digests[1]
         difference = (_delta(p, (item.source, source), (item.base, base)),)
     if item.low_rank is not None:
-        up, down, digest = item.low_rank.read(p.start // p.numel)
         if item.is_factored:
+            up, down, digest = item.low_rank.read(p.start // p.numel)
             return (up, down), digest, ""
-        product = (up @ down).reshape(p.m, p.n)
+        product, digest = item.low_rank.read_dense(start=p.start, count=p.numel)
+        product = product.reshape(p.m, p.n)
         difference = (product + difference[0] if difference else product,)
         digests[0] = hashlib.sha256(f"{digests[0]} {digest}".encode()).hexdigest()
     return difference, digests[0], digests[1]
