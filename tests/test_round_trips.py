@@ -231,6 +231,21 @@ def test_the_merged_models_logits_are_those_of_dense_svds(trip: Trip) -> None:
     assert (found - trip.expected).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("name", ["mixture of experts", "stacks of experts"])
+def test_experts_can_be_averaged(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    model = case.make()
+    model.save_pretrained(tmp_path / "base")
+    source = adapter_in(tmp_path / "one", type(model), tmp_path / "base", seed=1, r=4, **case.one)
+    adapter = tmp_path / "one" / "adapter"
+    bench = Bench(root=tmp_path, base=tmp_path / "base", sources=(adapter,))
+    bench.run(policies=[{"match": "*experts*", "policy": "average"}])
+    base, merged = numbers(bench.base), numbers(bench.out)
+    experts = [n for n in base if "experts" in n and abs(source[n] - base[n]).max() > 0.1]
+    assert experts
+    assert max(abs(merged[n] - source[n]).max() for n in experts) <= 1e-5
+
+
 def test_tuning_starts_from_the_same_logits(trip: Trip) -> None:
     model = trip.case.model or f"transformers:{trip.kind.__name__}"
     config = TuneConfig(train="-", test="-", model=model)

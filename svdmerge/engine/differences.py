@@ -86,10 +86,11 @@ def read_difference(item: Item, *, reference: str, device: str) -> Difference:
         tensors = (delta(read.source.to(device), base=read.base.to(device)),)
     if item.low_rank is None:
         return Difference(origin=origin, tensors=tensors)
-    up, down, digest = item.low_rank.read(p.start // p.numel)
     if item.is_factored:
+        up, down, digest = item.low_rank.read(p.start // p.numel)
         return Difference(origin=Origin(source_sha256=digest, base_sha256=""), tensors=(up, down))
-    product = (up @ down).reshape(p.m, p.n).to(device)
+    flat, digest = item.low_rank.read_dense(start=p.start, count=p.numel)
+    product = flat.reshape(p.m, p.n).to(device)
     both = hashlib.sha256(f"{origin.source_sha256} {digest}".encode()).hexdigest()
     return Difference(
         origin=Origin(source_sha256=both, base_sha256=origin.base_sha256, base_fro=origin.base_fro),

@@ -85,6 +85,22 @@ class LowRank:
         pair = (down.T, up.T) if self.transposed else (up, down)
         return *pair, digest.hexdigest()
 
+    def read_dense(self, *, start: int, count: int) -> "tuple[torch.Tensor, str]":
+        """So many elements of the difference from one on, flat, in whole matrices; and sha256 as
+        `read` gives it, of all of them."""
+        import torch
+
+        first, last = 0, 1
+        if self.stack is not None and self.stack.expert is None and self.down is not None:
+            size = self.up.shape[0] * self.down.shape[1]
+            first, last = start // size, (start + count) // size
+        read = [self.read(matrix) for matrix in range(first, last)]
+        digests = [digest for _, _, digest in read]
+        whole = (
+            digests[0] if len(read) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+        )
+        return torch.cat([(up @ down).reshape(-1) for up, down, _ in read]), whole
+
     def _factors(self, matrix: int) -> "tuple[torch.Tensor, torch.Tensor | None]":
         if self.down is None:
             return _values(self.up), None
