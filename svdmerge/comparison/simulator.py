@@ -66,7 +66,7 @@ class _Simulation:
     """
 
     def __init__(self, units: Sequence[UnitCost], machines: Machines, seed: int) -> None:
-        self._machines, self._random = machines, random.Random(seed)  # noqa: S311
+        self._machines, self._random = machines, random.Random(seed)
         slow = self._random.random
         self._costs = [
             UnitCost(
