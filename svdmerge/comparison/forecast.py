@@ -11,7 +11,7 @@ import torch
 from svdmerge.comparison.simulator import Machines, UnitCost, simulate
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.decompose import GPU_SHARE
-from svdmerge.engine.estimate import FIRST_COLUMNS, merge_flops, write_flops
+from svdmerge.engine.flops import block_flops, merge_flops, write_flops
 
 # (m, n) and how many in a layer: Llama 3 70B's attention and feed-forward matrices.
 LAYER = ((8192, 8192, 2), (1024, 8192, 2), (28672, 8192, 2), (8192, 28672, 1))
@@ -151,7 +151,7 @@ def _numel() -> int:
 def _decompose_cost(cluster: Cluster, rates: Rates) -> UnitCost:
     """One layer of one source: first blocks of its matrices, with certificates."""
     read = (1.0 + cluster.base_reads) * _numel() * WEIGHT_BYTES
-    flops = 4.0 * _numel() * FIRST_COLUMNS
+    flops = sum(count * block_flops(p) for p, count in _matrices())
     # Two tasks share a GPU, so that each computes at half its rate.
     gpu = rates.gpu_flops * GPU_SHARE
     # Kept or not, the base is hashed and decoded with every source.

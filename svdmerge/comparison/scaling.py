@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from svdmerge.comparison.simulator import Machines, UnitCost, simulate
 from svdmerge.engine.runtime import Runtime, Unit
+from svdmerge.engine.tally import Tally
 from svdmerge.progress import SILENT, Progress
 from svdmerge.recipe import parse_recipe
 from svdmerge.workflow import Run
@@ -65,6 +66,11 @@ class Timed:
     def address(self) -> str:
         """Where units run."""
         return self.inner.address
+
+    @property
+    def tally(self) -> Tally:
+        """What the units come to."""
+        return self.inner.tally
 
     def map(
         self,

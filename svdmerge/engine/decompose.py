@@ -11,6 +11,7 @@ from svdmerge.engine.plan import Plan, Source, unit_bytes
 from svdmerge.engine.row_blocks import decompose_by_rows
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import find_cut, select_units
+from svdmerge.engine.tally import MATRICES
 from svdmerge.engine.tasks import Receipt
 from svdmerge.progress import Progress
 from svdmerge.storage import layout
@@ -110,6 +111,8 @@ def decompose(
     """
     inventory, receipts = take_inventory(plan, runtime=runtime, progress=progress), list[Receipt]()
     units = list(pending(plan, inventory, whole=whole))
+    known = len(plan.sources) * sum(map(len, plan.groups)) - sum(len(u.items) for u in units)
+    runtime.tally.add(MATRICES, known, step="decompose", state="reused")
     while True:
         receipts += _run(plan, units, runtime=runtime, progress=progress)
         if whole or not plan.is_shared:
@@ -136,6 +139,8 @@ def _run(
         receipts += decompose_by_rows(
             by_rows, memory_bytes=plan.recipe.resources.memory, runtime=runtime, progress=progress
         )
+    num = sum(receipt.num_matrices for receipt in receipts)
+    runtime.tally.add(MATRICES, num, step="decompose", state="computed")
     return receipts
 
 
