@@ -37,6 +37,9 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
 
+# Seconds between looks at how large a cluster is: an autoscaler adds machines for what waits.
+RESIZE_S = 10.0
+
 U = TypeVar("U", bound=Unit)
 R = TypeVar("R")
 
@@ -250,15 +253,19 @@ class _Window:
         self._tally, self._stage = tally, stage
         self._task, self._units, self._policy = task, units, policy
         self._failed_result, self._num_gpus = failed, num_gpus
-        self._memory_limit = int(limits["memory"])
+        self._threads = max((unit.threads for unit in units), default=1)
+        self._resize(limits)
         self._memory = [unit.memory_bytes for unit in units]
         self._failures: Counter[tuple[int, Failure]] = Counter()
         self._waiting: list[tuple[float, int]] = [(0.0, i) for i in range(len(units))]
-        threads = max((unit.threads for unit in units), default=1)
-        # Twice the slots: the next units' arguments travel while these run.
-        self._size = max(2, 2 * int(limits["CPU"]) // threads)
         self._done: dict[int, Any] = {}
         self.running: dict[Any, int] = {}
+
+    def _resize(self, limits: dict[str, float]) -> None:
+        self._memory_limit = int(limits["memory"])
+        # Twice the slots: the next units' arguments travel while these run.
+        self._size = max(2, 2 * int(limits["CPU"]) // self._threads)
+        self._resize_at = time.monotonic() + RESIZE_S
 
     def step(self) -> bool:
         """Wait until one more unit is done; False when all are."""
@@ -290,6 +297,8 @@ class _Window:
 
     def _submit(self) -> float:
         """Fill the window with units whose pause is over; seconds until the next one's is."""
+        if time.monotonic() >= self._resize_at:
+            self._resize(_limits())
         while self._waiting and len(self.running) < self._size:
             due, i = self._waiting[0]
             if due > time.monotonic():

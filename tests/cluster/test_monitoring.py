@@ -85,3 +85,11 @@ def test_legends_and_summaries_name_labels_that_are_left() -> None:
     for rule in (rule for group in RULES for rule in group["rules"]):
         used = set(re.findall(r"\$labels\.(\w+)", json.dumps(rule["annotations"])))
         assert used <= set(re.findall(r"\bby \((\w+)\)", rule["expr"]))
+
+
+def test_the_readme_lists_the_metrics_with_their_labels() -> None:
+    text = (MONITORING.parent / "README.md").read_text()
+    rows = re.findall(r"^\| (`ray_\w+`[^|]*) \| ([^|]*)\|$", text, flags=re.MULTILINE)
+    told = {name: "".join(re.findall(r"^`(\w+)`", labels)) for names, labels in rows
+            for name in re.findall(r"ray_\w+", names)}  # fmt: skip
+    assert told == {name: "".join(metric.labels[1:]) for name, metric in EXPORTED.items()}
