@@ -22,12 +22,16 @@ from svdmerge.comparison.forecast import Cluster, Rates, alternatives, cpu_rate,
 from svdmerge.comparison.scaling import (
     Measured,
     draw_scaling,
+    driver_rate,
     measure,
     predicted_seconds,
     with_sources,
 )
 from svdmerge.engine.runtime import open_runtime
 from svdmerge.tables import table
+
+# Units for the driver's rate: seconds of them.
+NUM_NOTHING = 2000
 
 
 def scaling_rows(runs: Sequence[Measured]) -> list[tuple[object, ...]]:
@@ -89,6 +93,7 @@ def measured(args: argparse.Namespace) -> None:
                         num_workers=num_workers,
                     )
                 )  # fmt: skip
+        rate = driver_rate(runtime, num=NUM_NOTHING)
     if args.work is None:
         shutil.rmtree(work)
     console = Console(width=140)
@@ -105,6 +110,7 @@ def measured(args: argparse.Namespace) -> None:
     console.print(table("Steps", columns=columns, rows=steps))
     columns = ("workers", "sources", "costs from", "predicted, s", "measured, s", "off by")
     console.print(table("Simulated", columns=columns, rows=predicted_rows(runs)))
+    console.print(f"{rate:.0f} units that do nothing a second through the driver")
     if args.plot:
         draw_scaling(runs, args.plot)
 

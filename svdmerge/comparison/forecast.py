@@ -1,5 +1,5 @@
-"""What merging 500 sources of 70B parameters would take on 1,000 GPUs, by the simulator: rates that
-can be measured here are, the others are assumptions, each with its source beside it."""
+"""What merging 500 sources of 70B parameters would take on 1,000 GPUs, by the simulator: a core's
+rates are measured, the machines' and the store's are assumed."""
 
 import hashlib
 import time
@@ -34,7 +34,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """The machines and their store. All but the driver's rate is assumed."""
+    """The machines and their store, all assumed."""
 
     num_gpus: int = 1000
     num_sources: int = 500
@@ -46,7 +46,7 @@ class Cluster:
     worker_bytes_per_s: float = 1.25e9
     """10 Gbit/s for each GPU."""
     driver_s: float = 1e-3
-    """For each unit: a thousand in a second."""
+    """For each unit: a thousand in a second, which is what the engine is to reach."""
     straggler_share: float = 0.02
     straggler_factor: float = 5.0
     mean_life_s: float = 6 * 3600.0

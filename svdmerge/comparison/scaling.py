@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 from svdmerge.comparison.simulator import Machines, UnitCost, simulate
 from svdmerge.engine.runtime import Runtime, Unit
@@ -147,6 +148,18 @@ def measure(
         seconds=seconds,
         steps=tuple(timed.steps),
     )
+
+
+def driver_rate(runtime: Runtime, *, num: int) -> float:
+    """Units a second that do nothing, through the driver and its workers."""
+    units = [SimpleNamespace(name="nothing", memory_bytes=1 << 20, threads=1)] * num
+    start = time.perf_counter()
+    runtime.map(_nothing, cast("list[Any]", units), stage="nothing", progress=SILENT)
+    return num / (time.perf_counter() - start)
+
+
+def _nothing(unit: Any) -> None:
+    del unit
 
 
 def predicted_seconds(measured: Measured, *, num_workers: int) -> float:
