@@ -9,6 +9,7 @@ import typer
 
 from svdmerge.errors import RecipeError
 from svdmerge.kind.cli import kind_app
+from svdmerge.logs import Format, configure
 from svdmerge.terminal import Address, Json, Verbose, guard, progress, show
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="svdmerge",
-    help="Merge many fine-tuned models of one base by their singular components.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -34,6 +34,20 @@ MaxShardSize = Annotated[
     str | None, typer.Option(help="Of the output's weights files, as 5GB; the recipe's if none.")
 ]
 StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="A folder or fsspec URI.")]
+
+
+@app.callback()
+def shared(
+    log_format: Annotated[
+        Format,
+        typer.Option(
+            envvar="SVDMERGE_LOG_FORMAT",
+            help="Of standard error: text, or a JSON object a line in place of progress bars.",
+        ),
+    ] = "text",
+) -> None:
+    """Merge many fine-tuned models of one base by their singular components."""
+    configure(log_format)
 
 
 @app.command()

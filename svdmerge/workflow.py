@@ -1,6 +1,7 @@
 """The workflow: engine, training and report joined into the commands' work."""
 
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
+from svdmerge.engine.tally import FLOPS, MATRICES, RETRIES, STEP_SECONDS, UNIT_SECONDS
 from svdmerge.engine.tasks import Receipt
 from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeError
 from svdmerge.places import check_places
@@ -43,6 +45,8 @@ from svdmerge.storage.side_files import copy_side_files
 
 if TYPE_CHECKING:
     from svdmerge.targeting import Ranking, Targeting
+
+logger = logging.getLogger(__name__)
 
 DONE = "DONE"
 # Of a model's card: front matter comes first.
@@ -82,11 +86,17 @@ class Run:
             self.report.progress = None
         except BaseException as error:
             self.report.status = f"failed: {type(error).__name__}"
+            self._log_status()
             with contextlib.suppress(SvdmergeError):  # the first error is the one to tell
                 self._save_report()
             raise
+        self._log_status()
         self._save_report()
         return self.report
+
+    def _log_status(self) -> None:
+        told = {"plan_hash": self.plan.hash, "attempt": self._attempt, "out": self.out.uri}
+        logger.info("run: %s", self.report.status, extra=told | {"status": self.report.status})
 
     def decompose(
         self, *, whole: bool = False, judge: Callable[[Inventory], None] = lambda _: None
@@ -275,17 +285,23 @@ class Run:
         )
 
     def _timed(self, name: str, work: Callable[[], Sequence[Receipt]]) -> None:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._runtime.tally.counts()
         receipts = work()
+        counted = self._runtime.tally.counts().since(before)
         self.report.stages.append(
             StageReport(
                 name=name,
                 num_units=len(receipts),
                 seconds=time.perf_counter() - start,
                 num_matrices=sum(r.num_matrices for r in receipts),
+                num_reused=int(counted.by("state", MATRICES).get("reused", 0)),
                 bytes_read=sum(r.bytes_read for r in receipts),
                 bytes_stored=sum(r.bytes_stored for r in receipts),
                 peak_worker_rss_bytes=max((r.peak_rss_bytes for r in receipts), default=0),
+                flops=counted.total(FLOPS),
+                unit_seconds=counted.total(UNIT_SECONDS),
+                step_seconds=counted.by("step", STEP_SECONDS),
+                retries={cause: int(num) for cause, num in counted.by("cause", RETRIES).items()},
             )
         )
 

@@ -11,6 +11,7 @@ from svdmerge.engine import tasks
 from svdmerge.engine.plan import Plan, merge_bytes, write_bytes
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import picks
+from svdmerge.engine.tally import MATRICES
 from svdmerge.progress import Progress
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import (
@@ -36,7 +37,12 @@ def merge_factors(
         for number, group in enumerate(plan.groups)
         if (todo := [p for p in group if p.action is not Action.EQUAL and p.id not in committed])
     ]
-    return runtime.map(tasks.factor, units, stage="merge", progress=progress)
+    reused = sum(p.action is not Action.EQUAL and p.id in committed for p in plan.parameters)
+    runtime.tally.add(MATRICES, reused, step="merge", state="reused")
+    receipts = runtime.map(tasks.factor, units, stage="merge", progress=progress)
+    computed = sum(receipt.num_matrices for receipt in receipts)
+    runtime.tally.add(MATRICES, computed, step="merge", state="computed")
+    return receipts
 
 
 def write_model(

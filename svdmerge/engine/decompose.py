@@ -12,6 +12,7 @@ from svdmerge.engine.plan import Plan, Source, unit_bytes
 from svdmerge.engine.row_blocks import decompose_by_rows
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import find_cut, select_units
+from svdmerge.engine.tally import MATRICES
 from svdmerge.engine.tasks import Receipt
 from svdmerge.progress import Progress
 from svdmerge.storage import layout
@@ -112,6 +113,8 @@ def decompose(
     """
     inventory = take_inventory(plan, runtime=runtime, progress=progress)
     units = list(pending(plan, inventory, whole=whole))
+    known = len(plan.sources) * sum(map(len, plan.groups)) - sum(len(u.items) for u in units)
+    runtime.tally.add(MATRICES, known, step="decompose", state="reused")
     receipts = _run(plan, units, runtime=runtime, progress=progress)
     if units:
         inventory = take_inventory(plan, runtime=runtime, progress=progress)
@@ -140,6 +143,8 @@ def _run(
         receipts += decompose_by_rows(
             by_rows, memory_bytes=plan.recipe.resources.memory, runtime=runtime, progress=progress
         )
+    num = sum(receipt.num_matrices for receipt in receipts)
+    runtime.tally.add(MATRICES, num, step="decompose", state="computed")
     return receipts
 
 

@@ -26,12 +26,14 @@ from svdmerge.engine.differences import (
     read_both,
     read_difference,
 )
+from svdmerge.engine.flops import block_flops, svd_flops
 from svdmerge.engine.solve import Solved, Stored, solve, solve_low_rank, stored_of, to_store
 from svdmerge.engine.stacked import first_blocks_on
 from svdmerge.errors import SolverError
 from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
+from svdmerge.storage.layout import BLOCK
 from svdmerge.storage.manifest import Commit, Committed, Covered, put_unit
 from svdmerge.storage.shards import Rows
 
@@ -47,6 +49,8 @@ class Receipt:
     seconds: float
     peak_rss_bytes: int
     """Of the worker so far, Python and torch included."""
+    flops: float = 0.0
+    """Of its solvers, by their formulas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +100,18 @@ def decompose(unit: DecomposeUnit) -> Receipt:
         bytes_stored=commit.shard.size,
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
+        flops=sum(_flops(item, unit) for item in unit.items),
+    )
+
+
+def _flops(item: Item, unit: DecomposeUnit) -> float:
+    """Of the blocks that were wanted of one matrix; of factors, which take next to none, zero."""
+    if item.parameter.action is not Action.DECOMPOSE or item.is_factored:
+        return 0.0
+    num_blocks = -(-(item.wanted - unit.first) // BLOCK)
+    exact = unit.solver == EXACT
+    return (
+        svd_flops(item.parameter) if exact else block_flops(item.parameter, num_blocks=num_blocks)
     )
 
 

@@ -19,6 +19,16 @@ class StageReport:
     bytes_stored: int = 0
     peak_worker_rss_bytes: int = 0
     """Largest resident size of a worker so far, Python and torch included."""
+    num_reused: int = 0
+    """Matrices that the store, or an earlier try, held already."""
+    flops: float = 0.0
+    """Of solvers, by their formulas."""
+    unit_seconds: float = 0.0
+    """Of all workers together, in units that were done."""
+    step_seconds: dict[str, float] = field(default_factory=dict[str, float])
+    """Wall time of the steps that went through workers; the rest of `seconds` is the driver's."""
+    retries: dict[str, int] = field(default_factory=dict[str, int])
+    """Units tried again, by why they did not come back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

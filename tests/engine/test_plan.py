@@ -17,7 +17,8 @@ from merging import (
 )
 
 from svdmerge.core.params import Action
-from svdmerge.engine.estimate import estimate, svd_flops
+from svdmerge.engine.estimate import estimate
+from svdmerge.engine.flops import svd_flops
 from svdmerge.engine.plan import UNIT_BYTES, decompose_bytes, unit_bytes, write_bytes
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
 

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from svdmerge.engine.estimate import estimate
 from svdmerge.engine.memory import iteration_bytes, pass_bytes, survey_bytes
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import InProcess
+from svdmerge.engine.tally import Tally
 from svdmerge.errors import ContentError, ResourceError, SolverError
 from svdmerge.progress import SILENT
 from svdmerge.storage.checkpoint import TensorRef
@@ -97,6 +98,7 @@ class Failing:
 
     left: int
     address: str = "none"
+    tally: Tally = field(default_factory=Tally)
 
     def map(self, task: Callable[..., Any], units: Sequence[Any], **options: Any) -> list[Any]:
         if self.left == 0:
