@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,17 @@ class Folder:
         return {p.removeprefix(root): int(i["size"]) for p, i in sorted(found.items())}
 
     @_again
+    def glob(self, pattern: str) -> dict[str, bool]:
+        """Paths below that match now, relative to this folder, and whether each is a folder."""
+        root = self.path() + "/"
+        with _reading(self, pattern):
+            found: dict[str, Any] = self.fs.glob(self.path(pattern), detail=True)
+        return {
+            p.rstrip("/").removeprefix(root): i["type"] == "directory"
+            for p, i in sorted(found.items())
+        }
+
+    @_again
     def read(self, relative: str, *, start: int | None = None, stop: int | None = None) -> bytes:
         """A file's bytes, or those of a range; fewer only where the file ends.
 
@@ -256,6 +268,23 @@ class Folder:
             else:
                 for path in self.find(relative):
                     self.fs.rm_file(self.path(path))
+
+    def enforces_put_once(self) -> bool:
+        """Whether the filesystem itself refuses to write a file that is there, so that of two
+        writers at the same time one is told."""
+        if self.is_local:
+            return True  # a hard link
+        probe = f".svdmerge-probe-{uuid.uuid4().hex}"
+        self.put(probe, b"")
+        try:
+            self.fs.pipe_file(self.path(probe), b"", mode="create")
+        except FileExistsError:
+            return True
+        except OSError as error:
+            return error.errno == errno.EINVAL  # as in put_once
+        finally:
+            self.remove(probe)
+        return False
 
     def probe_writable(self) -> None:
         """Raise StoreError unless a file can be written here."""
