@@ -25,6 +25,9 @@ FLAGS = {
     "select": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "assemble": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "tune": ["--address", "--json", "--verbose", "-v", "RECIPE"],
+    "tick": ["--address", "--json", "--verbose", "--watch", "-v", "RECIPE"],
+    "rollback": ["--json", "--verbose", "-v", "N", "RECIPE"],
+    "releases": ["--json", "--verbose", "-v", "RECIPE"],
     "rank": ["--address", "--examples", "--json", "--verbose", "-v", "RECIPE"],
     "adapter export": [
         "--base",

@@ -177,10 +177,11 @@ Refused = Callable[[str, SvdmergeError], None]
 def make_plan(recipe: Recipe, *, refused: Refused | None = None) -> Plan:
     """The plan of a recipe, its patterns and queries resolved to what they stand for now.
 
-    With `refused`, sources that cannot be used are given to it, with the error, and left out.
+    With `refused`, sources that cannot be used are given to it, with the error, and left out; but
+    not all of them.
 
     Raises:
-        RecipeError: a model is listed twice, a policy refuses a tensor, or no source is left.
+        RecipeError: a model is listed twice, or a policy refuses a tensor.
         CheckpointError: a model's files or headers are wrong.
         MismatchError: a source lacks a tensor of the base, or has it in another shape.
         ResourceError: a matrix needs more memory than the recipe gives a task.
@@ -189,8 +190,6 @@ def make_plan(recipe: Recipe, *, refused: Refused | None = None) -> Plan:
     base = open_checkpoint(recipe.base_model)
     actions = {name: _action(recipe, base, ref) for name, ref in base.tensors.items()}
     found = _sources(recipe.models, base=base, actions=actions, refused=refused)
-    if not found:
-        raise RecipeError("models: none can be used", "", "Correct them, or give others.")
     recipe = recipe.model_copy(update={"models": tuple(model for model, _ in found.values())})
     sources = tuple(found[revision][1] for revision in sorted(found))
     parameters = tuple(
@@ -365,6 +364,7 @@ def _sources(
 ) -> dict[str, tuple[SourceModel, Source]]:  # fmt: skip
     """Models and what they are, by revision, in the recipe's order."""
     found: dict[str, tuple[SourceModel, Source]] = {}
+    last: SvdmergeError | None = None
     for model in models:
         try:
             source = _source(model, base=base, actions=actions)
@@ -376,8 +376,11 @@ def _sources(
             if refused is None:
                 raise
             refused(model.model, error)
+            last = error
         else:
             found[source.revision] = (model, source)
+    if last is not None and not found:
+        raise last
     return found
 
 

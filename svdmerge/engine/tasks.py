@@ -356,9 +356,7 @@ def factor(unit: FactorUnit) -> Receipt:
     )  # fmt: skip
 
 
-def _taken_over(
-    earlier: Committed, parameter: Parameter, made_of: str
-) -> RankOneComponents | None:
+def _taken_over(earlier: Committed, parameter: Parameter, made_of: str) -> RankOneComponents | None:
     """A matrix's factors in another run, if they were made of the very same and are whole."""
     if parameter.id not in earlier or earlier.sha256(parameter.id) != made_of:
         return None

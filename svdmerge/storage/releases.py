@@ -10,6 +10,7 @@ another's release cannot undo it. A filesystem that does not enforce put-once
 (`Folder.enforces_put_once`) takes one driver at a time.
 """
 
+import contextlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -114,15 +115,15 @@ class Releases:
 
     def refusal(self, content: str) -> dict[str, Any] | None:
         """What was noted of a content that may not be released; None if nothing was."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return json.loads(self.folder.read(f"{REFUSED}/{content}.json"))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            return None  # it is judged again
+        return None
 
-    def refuse(self, content: str, note: dict[str, Any]) -> None:
-        """Note that a content may not be released."""
+    def refuse(
+        self, content: str, *, status: str, why: str, given: list[str] | None = None
+    ) -> None:
+        """Note that a content may not be released: ever, or given what else it was judged by."""
+        note = {"status": status, "why": why, "given": given}
         self.folder.put(f"{REFUSED}/{content}.json", json.dumps(note, indent=1).encode())
 
 

@@ -46,9 +46,7 @@ class Merging:
     def of(self, parameter: Parameter) -> "Merging":
         """These settings as far as they matter for a tensor, so that equal ones give equal bits."""
         rule = self.rule(parameter)
-        return replace(
-            self, method=rule, num_sources=self.num_sources if rule in COUNTING else 0
-        )
+        return replace(self, method=rule, num_sources=self.num_sources if rule in COUNTING else 0)
 
     def merge(self, parameter: Parameter, parts: Sequence[Part]) -> RankOneComponents:
         """The merged difference: an SVD of a matrix, one flat component of anything else.
