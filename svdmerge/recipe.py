@@ -496,6 +496,8 @@ _SECTIONS: dict[str, type[Section]] = {
     "tune": TuneConfig,
     "gate": GateConfig,
     "tick": TickConfig,
+    "hub": HubQuery,
+    "examples": TuneConfig,
 }
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -527,7 +529,8 @@ def _explain(
         text = fault["msg"].removeprefix("Value error, ")
         return f"{place}: {text}" if place else text
     loc, key = fault["loc"][:-1], str(fault["loc"][-1])
-    section = list((sections.get(str(loc[0]), kind) if loc else kind).model_fields)
+    named = [sections[str(part)] for part in loc if str(part) in sections]
+    section = list((named[-1] if named else kind).model_fields)
     near = difflib.get_close_matches(key, section, n=1)
     known = f"the nearest is `{near[0]}`" if near else f"known keys: {', '.join(sorted(section))}"
     return f"{place}: unknown key; {known}"
