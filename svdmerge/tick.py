@@ -29,9 +29,8 @@ from svdmerge.progress import SILENT, Progress
 from svdmerge.recipe import Recipe
 from svdmerge.report.run_report import RunReport
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.output import read_manifest
+from svdmerge.storage.layout import MANIFEST
 from svdmerge.storage.releases import Release, Releases, kept_models
-from svdmerge.workflow import Run
 
 # Of a folder's name: enough that two contents of one recipe never share it.
 CONTENT_DIGITS = 12
@@ -201,6 +200,8 @@ class _Tick:
     def _merge(
         self, seen: _Seen, epoch: int, current: Release | None, runtime: Runtime
     ) -> TickResult:
+        from svdmerge.workflow import Run  # a tick with nothing new waits for neither torch nor Ray
+
         label = f"{seen.content[:CONTENT_DIGITS]}-{epoch}"
         model = self._made_before(seen, current) or self.out.child(label).uri
         tuned = self.out.child(f"{label}-tuned").uri
@@ -224,9 +225,11 @@ class _Tick:
             base=seen.plan.base.reference, skipped=seen.skipped,
             sources={s.reference: s.revision for s in seen.plan.sources},
         )  # fmt: skip
-        return self._release(draft, seen, run, runtime)
+        return self._release(draft, seen, run.report, runtime)
 
-    def _release(self, draft: Release, seen: _Seen, run: Run, runtime: Runtime) -> TickResult:
+    def _release(
+        self, draft: Release, seen: _Seen, report: RunReport, runtime: Runtime
+    ) -> TickResult:
         """Judge a merge by the current release and put its record, again while others come
         between."""
         while True:
@@ -234,9 +237,9 @@ class _Tick:
             if current is not None and current.content == draft.content and _is_there(current):
                 why = f"release {current.n} came between, of the same content"
                 self._drop(draft, but=current)
-                return self._result("unchanged", why, seen, current, run.report)
+                return self._result("unchanged", why, seen, current, report)
             verdict = gate.judge(
-                run.plan, model=draft.model, tuned=draft.tuned, current=current, runtime=runtime,
+                seen.plan, model=draft.model, tuned=draft.tuned, current=current, runtime=runtime,
                 progress=self.progress,
             )  # fmt: skip
             changes = _changes(current.sources if current else {}, draft.sources)
@@ -245,7 +248,7 @@ class _Tick:
                 given = self._given(current)
                 self.releases.refuse(draft.content, status="refused", why=told, given=given)
                 self._drop(draft)
-                return self._result("refused", told, seen, current, run.report)
+                return self._result("refused", told, seen, current, report)
             release = replace(
                 draft, n=current.n + 1 if current else 1, why=told, measures=verdict.measures,
                 released_at=_now(), **changes,
@@ -254,7 +257,7 @@ class _Tick:
                 raise OutputError(f"{release.model}: is gone", "", "Run the same command again.")
             if self.releases.publish(release):
                 self._clear(release)
-                return self._result("released", told, seen, release, run.report)
+                return self._result("released", told, seen, release, report)
 
     def _result(
         self, status: str, why: str, seen: _Seen, current: Release | None,
@@ -282,7 +285,7 @@ class _Tick:
             epoch = _epoch_of(name, content=seen.content[:CONTENT_DIGITS])
             if epoch is None or name.endswith("-tuned") or (current and epoch < current.epoch):
                 continue
-            if read_manifest(self.out.child(name)) is not None:
+            if _is_whole(self.out.child(name)):
                 return self.out.child(name).uri
         return None
 
@@ -304,7 +307,7 @@ def _epoch_of(name: str, *, content: str = "[0-9a-f]{12}") -> int | None:
 
 
 def _check_out(recipe: Recipe, out: Folder) -> None:
-    if read_manifest(out) is not None:
+    if _is_whole(out):
         raise RecipeError(
             f"out: {out.uri} is the output of a run",
             "Releases lie in folders below `out`, and the next run would replace them.",
@@ -337,11 +340,17 @@ def _digest(fields: list[Any]) -> str:
 
 
 def _is_there(release: Release) -> bool:
-    return read_manifest(Folder.at(release.model)) is not None
+    return _is_whole(Folder.at(release.model))
+
+
+def _is_whole(model: Folder) -> bool:
+    return model.stat(MANIFEST) is not None
 
 
 def _check_whole(release: Release) -> None:
     """Raise OutputError unless the model's files have their sizes."""
+    from svdmerge.storage.output import read_manifest
+
     folder = Folder.at(release.model)
     manifest, sizes = read_manifest(folder), folder.find()
     claims = {} if manifest is None else manifest.files

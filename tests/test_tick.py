@@ -28,8 +28,6 @@ from svdmerge.storage.releases import Release
 from svdmerge.tick import TickResult, releases_of, rollback, tick
 from svdmerge.verify import verify
 
-REMOVED = ("agreed", "gone")
-
 
 def pattern(bench: Bench, **changes: Any) -> dict[str, Any]:
     """A recipe that takes whatever source there is."""
@@ -334,7 +332,7 @@ def test_a_release_whose_model_is_gone_is_made_again(bench: Bench) -> None:
 def test_of_two_ticks_at_once_one_releases_and_the_other_follows(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdmerge import tick as module
+    from svdmerge import workflow as module
 
     real, others = module.Run.all, list[TickResult]()
 
@@ -355,7 +353,7 @@ def test_of_two_ticks_at_once_one_releases_and_the_other_follows(
 def test_a_tick_that_slept_through_anothers_release_cannot_undo_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdmerge import tick as module
+    from svdmerge import workflow as module
 
     real = module.Run.all
 
@@ -398,7 +396,7 @@ def test_a_failed_tick_releases_nothing(bench: Bench, monkeypatch: pytest.Monkey
         raise StoreError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("svdmerge.tick.Run.all", fail)
+        patch.setattr("svdmerge.workflow.Run.all", fail)
         with pytest.raises(StoreError):
             ticked(bench)
     assert releases_of(bench.recipe(**pattern(bench))).current() == first

@@ -28,7 +28,6 @@ from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.manifest import Committed
 from svdmerge.storage.quantised import FP8
 
-MANIFEST = "svdmerge_manifest.json"
 RECIPE = "svdmerge_recipe.yml"
 PROVENANCE = "provenance/components.parquet"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -11,7 +11,8 @@ from typing import Any
 
 from svdmerge.errors import OutputError
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import MANIFEST, WrittenFile
+from svdmerge.storage.hf_model import WrittenFile
+from svdmerge.storage.layout import MANIFEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
