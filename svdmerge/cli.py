@@ -161,8 +161,8 @@ def rollback(
 
     def work() -> None:
         from svdmerge.recipe import load_recipe
+        from svdmerge.rollback import rollback as rolled_back
         from svdmerge.tables import tick_tables
-        from svdmerge.tick import rollback as rolled_back
 
         found = rolled_back(load_recipe(recipe), number)
         show(as_json, found.to_json, lambda: tick_tables(found))

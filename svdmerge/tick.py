@@ -7,9 +7,7 @@ them in the store (`storage.releases` says why two ticks at once cannot get in e
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from svdmerge import gate
@@ -30,7 +28,14 @@ from svdmerge.recipe import Recipe
 from svdmerge.report.run_report import RunReport
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.layout import MANIFEST
-from svdmerge.storage.releases import Release, Releases, kept_models
+from svdmerge.storage.releases import (
+    Release,
+    Releases,
+    changes_between,
+    kept_models,
+    now,
+    told_of,
+)
 
 # Of a folder's name: enough that two contents of one recipe never share it.
 CONTENT_DIGITS = 12
@@ -88,38 +93,7 @@ def tick(recipe: Recipe, *, address: str = "local", progress: Progress = SILENT)
         _notify(recipe, {"status": "failed", "why": str(error)})
         raise
     if result.is_news:
-        _tell(recipe, result)
-    return result
-
-
-def rollback(recipe: Recipe, n: int | None = None) -> TickResult:
-    """Release an older content again: that of release n, or the last one unlike the current.
-
-    What it takes the place of is not released by a tick again until a source changes.
-
-    Raises:
-        StoreError: there is no such release.
-        OutputError: its model is gone.
-    """
-    releases = releases_of(recipe)
-    epoch, current = releases.take_epoch(), releases.current()
-    target = _older(releases, current, n)
-    _check_whole(target)
-    if current is None or target.content == current.content:
-        raise StoreError("that is the current release already", "", "See `svdmerge releases`.")
-    for other in map(releases.read, range(target.n + 1, current.n + 1)):
-        if other.content != target.content:
-            why = f"release {other.n} was rolled back to {target.n}"
-            releases.refuse(other.content, status="held", why=why)
-    changes = _changes(current.sources, target.sources)
-    release = replace(
-        target, n=current.n + 1, epoch=epoch, why=f"rollback to release {target.n}",
-        released_at=_now(), **changes,
-    )  # fmt: skip
-    if not releases.publish(release):
-        raise OutputError(f"release {release.n} came between", "", "Look at it, and run again.")
-    result = TickResult(status="released", why=release.why, release=release)
-    _tell(recipe, result)
+        tell(recipe, result)
     return result
 
 
@@ -242,8 +216,8 @@ class _Tick:
                 seen.plan, model=draft.model, tuned=draft.tuned, current=current, runtime=runtime,
                 progress=self.progress,
             )  # fmt: skip
-            changes = _changes(current.sources if current else {}, draft.sources)
-            told = f"{_told(changes, current)}; {verdict.why}"
+            changes = changes_between(current.sources if current else {}, draft.sources)
+            told = f"{told_of(changes, current)}; {verdict.why}"
             if not verdict.holds:
                 given = self._given(current)
                 self.releases.refuse(draft.content, status="refused", why=told, given=given)
@@ -251,7 +225,7 @@ class _Tick:
                 return self._result("refused", told, seen, current, report)
             release = replace(
                 draft, n=current.n + 1 if current else 1, why=told, measures=verdict.measures,
-                released_at=_now(), **changes,
+                released_at=now(), **changes,
             )  # fmt: skip
             if not _is_there(release):
                 raise OutputError(f"{release.model}: is gone", "", "Run the same command again.")
@@ -347,61 +321,8 @@ def _is_whole(model: Folder) -> bool:
     return model.stat(MANIFEST) is not None
 
 
-def _check_whole(release: Release) -> None:
-    """Raise OutputError unless the model's files have their sizes."""
-    from svdmerge.storage.output import read_manifest
-
-    folder = Folder.at(release.model)
-    manifest, sizes = read_manifest(folder), folder.find()
-    claims = {} if manifest is None else manifest.files
-    if not claims or any(sizes.get(name) != claim["size"] for name, claim in claims.items()):
-        raise OutputError(
-            f"{folder.uri}: release {release.n}'s model is gone or not whole",
-            "Models of the last `tick.keep` releases are kept.",
-            "Choose another: `svdmerge releases`.",
-        )
-
-
-def _older(releases: Releases, current: Release | None, n: int | None) -> Release:
-    """The release to go back to."""
-    if n is not None:
-        return releases.read(n)
-    for number in reversed(releases.numbers()):
-        release = releases.read(number)
-        if current is not None and release.content != current.content:
-            return release
-    raise StoreError(
-        f"{releases.folder.uri}: holds no other release", "There is nothing to go back to."
-    )
-
-
-def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Sources added, removed, and of other content, by their revisions."""
-    both = before.keys() & after.keys()
-    return {
-        "added": tuple(sorted(after.keys() - before.keys())),
-        "removed": tuple(sorted(before.keys() - after.keys())),
-        "changed": tuple(sorted(name for name in both if before[name] != after[name])),
-    }
-
-
-def _told(changes: Mapping[str, tuple[str, ...]], current: Release | None) -> str:
-    """What is new since the current release."""
-    if current is None:
-        return "first release"
-    parts = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in changes.items()
-        if names
-    ]
-    return ", ".join(parts) or "the same sources, merged by another recipe or version"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _tell(recipe: Recipe, result: TickResult) -> None:
+def tell(recipe: Recipe, result: TickResult) -> None:
+    """Tell the recipe's webhook; if it is not taken, that is a warning of the result."""
     plain = {key: value for key, value in result.to_json().items() if key != "run"}
     if (failed := _notify(recipe, plain)) is not None:
         result.warnings.append(failed)

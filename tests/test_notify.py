@@ -13,7 +13,8 @@ from merging import Bench, micro_bench, micro_model
 
 from svdmerge import notify
 from svdmerge.errors import CheckpointError, RecipeError
-from svdmerge.tick import rollback, tick
+from svdmerge.rollback import rollback
+from svdmerge.tick import tick
 
 SECRET = "T0/B1/s3cr3t"
 

@@ -23,9 +23,10 @@ from targeted import target_bench, tune_section
 from tiny import tiny_source
 
 from svdmerge.errors import OutputError, RecipeError, StoreError
+from svdmerge.rollback import rollback
 from svdmerge.storage.checkpoint import TensorRef
 from svdmerge.storage.releases import Release
-from svdmerge.tick import TickResult, releases_of, rollback, tick
+from svdmerge.tick import TickResult, releases_of, tick
 from svdmerge.verify import verify
 
 

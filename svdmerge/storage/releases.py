@@ -13,8 +13,9 @@ another's release cannot undo it. A filesystem that does not enforce put-once
 import contextlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from svdmerge.errors import OutputError, StoreError
@@ -137,3 +138,32 @@ def kept_models(releases: Sequence[Release], *, keep: int) -> set[str]:
     """Folders of models that the last so many of these name."""
     last = releases[-keep:]
     return {place for r in last for place in (r.model, r.tuned) if place is not None}
+
+
+def changes_between(
+    before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """Sources added, removed, and of other content, by their revisions."""
+    both = before.keys() & after.keys()
+    return {
+        "added": tuple(sorted(after.keys() - before.keys())),
+        "removed": tuple(sorted(before.keys() - after.keys())),
+        "changed": tuple(sorted(name for name in both if before[name] != after[name])),
+    }
+
+
+def told_of(changes: Mapping[str, tuple[str, ...]], current: Release | None) -> str:
+    """What is new since the current release."""
+    if current is None:
+        return "first release"
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in changes.items()
+        if names
+    ]
+    return ", ".join(parts) or "the same sources, merged by another recipe or version"
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
