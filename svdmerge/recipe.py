@@ -106,10 +106,25 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class SourceModel(Section):
-    """A source: where it lies and how much it counts."""
+class HubQuery(Section):
+    """Models of the hub that name a base as theirs."""
 
-    model: str = Field(min_length=1)
+    base: str | None = None
+    """The base's id there; the recipe's own by default."""
+    relation: Literal["finetune", "adapter"] = "finetune"
+    author: str | None = None
+    tags: tuple[str, ...] = ()
+    """Of each, all of these."""
+
+
+class SourceModel(Section):
+    """A source: where it lies and how much it counts. Or many, by a pattern or a query."""
+
+    model: str = ""
+    """A reference, or a pattern (`*`, `?`, `[...]`) of paths or URIs: the folders and safetensors
+    files that match now."""
+    hub: HubQuery | None = None
+    """In place of `model`: what the hub lists now."""
     weight: PositiveFloat = 1.0
     """Scales this source's singular values and its share of the averages alike."""
     quota: Annotated[float, BeforeValidator(parse_density)] = 1.0
@@ -130,6 +145,12 @@ class SourceModel(Section):
                     raise ValueError(f"tensors: {name}: got {text!r}; expected as many stars")
             if not given:
                 raise ValueError(f"tensors: {name}: got nothing; expected tensors of the source")
+        return self
+
+    @model_validator(mode="after")
+    def _names_something(self) -> "SourceModel":
+        if bool(self.model) == (self.hub is not None):
+            raise ValueError("model: expected a reference or a pattern, or `hub` in its place")
         return self
 
 
@@ -350,6 +371,37 @@ class TuneConfig(Section):
         return self
 
 
+class GateConfig(Section):
+    """What a merge must hold to become the current release."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.01
+    """How much worse than the current release's its measure may be: a share of the examples told
+    right, or nats per token."""
+    examples: TuneConfig | None = None
+    """What it is measured on, as in `tune`, whose examples are the default."""
+
+
+def _webhook(value: str) -> str:
+    # Not told: an address of this kind is a secret.
+    if not re.match(r"https?://[^/]|\$\w+$", value):
+        raise ValueError("expected an http(s) URL, or $NAME of an environment variable")
+    return value
+
+
+class TickConfig(Section):
+    """Re-merging as sources appear, change and go."""
+
+    unfit: Literal["stop", "skip"] = "stop"
+    """Where a source cannot be used: no release, or one without it; it is told either way."""
+    keep: Annotated[int, Field(ge=2)] = 10
+    """Last releases whose models are kept."""
+    releases: str | None = None
+    """Folder of the release records; `releases` in the store by default."""
+    webhook: Annotated[str, AfterValidator(_webhook)] | None = None
+    """Where releases, refusals and failures are posted as JSON; $NAME is read from the environment.
+    """
+
+
 # Of the examples, where they choose everything: a quarter tells a clear gain from none, and what is
 # left still trains.
 HELD_OUT = 0.25
@@ -375,6 +427,8 @@ class Recipe(Section):
     """Of the output's weights files; `base`: as the base's tensors lie together in files."""
     resources: Resources = Resources()
     tune: TuneConfig | None = None
+    gate: GateConfig | None = None
+    tick: TickConfig = TickConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -440,6 +494,14 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _gate_has_examples(self) -> "Recipe":
+        if self.gate is not None:
+            examples = self.gate.examples or self.tune
+            if examples is None or examples.targets:
+                raise ValueError("gate.examples: Field required without `tune` of one target")
+        return self
+
     @property
     def is_targeted(self) -> bool:
         """Whether the merge depends on the target's examples."""
@@ -457,15 +519,21 @@ class Recipe(Section):
 
     def numeric_digest(self) -> str:
         """sha256 of what the numbers depend on besides the models: not order, places, or layout."""
-        skip = {"out", "store", "max_shard_size", "tune", "models", "base_model", "resources"}
+        skip = {
+            "out", "store", "max_shard_size", "tune", "gate", "tick", "models", "base_model",
+            "resources",
+        }  # fmt: skip
         fields = self.model_dump(mode="json", exclude=skip)
         fields |= {"threads": self.resources.threads, "max_matrix": self.resources.max_matrix}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def dump(self) -> dict[str, Any]:
-        """The recipe as plain values, with every default that its method uses."""
+        """The recipe as plain values, with every default that its method uses; no secret."""
         unused = Parameters.model_fields.keys() - METHODS[self.merge_method].parameters
-        return self.model_dump(mode="json", exclude={"parameters": unused})
+        skip: Any = {"parameters": unused, "tick": {"webhook"}}
+        if not any(m.hub for m in self.models):
+            skip["models"] = {"__all__": {"hub"}}
+        return self.model_dump(mode="json", exclude=skip)
 
     def dump_yaml(self) -> str:
         """The recipe with every default written out."""
@@ -507,6 +575,10 @@ _SECTIONS: dict[str, type[Section]] = {
     "models": SourceModel,
     "resources": Resources,
     "tune": TuneConfig,
+    "gate": GateConfig,
+    "tick": TickConfig,
+    "hub": HubQuery,
+    "examples": TuneConfig,
 }
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -538,7 +610,8 @@ def _explain(
         text = fault["msg"].removeprefix("Value error, ")
         return f"{place}: {text}" if place else text
     loc, key = fault["loc"][:-1], str(fault["loc"][-1])
-    section = list((sections.get(str(loc[0]), kind) if loc else kind).model_fields)
+    named = [sections[str(part)] for part in loc if str(part) in sections]
+    section = list((named[-1] if named else kind).model_fields)
     near = difflib.get_close_matches(key, section, n=1)
     known = f"the nearest is `{near[0]}`" if near else f"known keys: {', '.join(sorted(section))}"
     return f"{place}: unknown key; {known}"

@@ -28,6 +28,7 @@ from svdmerge.progress import SILENT, Progress, Recorded
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import CardSource, licence_in, model_card
 from svdmerge.report.run_report import RunReport, StageProgress, StageReport
+from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, put_file, put_index
 from svdmerge.storage.output import (
@@ -59,11 +60,17 @@ REPORT_S = 2.0
 class Run:
     """One attempt at a plan: its stages, each resuming from what is stored."""
 
-    def __init__(self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT) -> None:
+    def __init__(
+        self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT,
+        earlier: str | None = None,
+    ) -> None:  # fmt: skip
+        """`earlier` is the plan hash of another run, whose factors are taken over where they are
+        the same."""
         self.plan: Plan = prepare(recipe, address=runtime.address)
         self._merged = self.plan
         """The plan as the target's examples changed it: other weights, another strength."""
         self.out = Folder.at(recipe.out)
+        self._earlier = self.plan.store.child(layout.run_path(earlier)) if earlier else None
         self._runtime, self._progress = runtime, Recorded(progress, tell=self._tell)
         self._reported_at = 0.0
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
@@ -210,7 +217,7 @@ class Run:
             "merge",
             lambda: assemble.merge_factors(
                 self._merged, selection, attempt=self._attempt, runtime=self._runtime,
-                progress=self._progress,
+                progress=self._progress, earlier=self._earlier,
             ),
         )  # fmt: skip
         self._timed("write", lambda: self._write(selection))
