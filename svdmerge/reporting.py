@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -167,6 +166,15 @@ def _run_of(run_folder: Folder) -> dict[str, Any]:
     tuned = tuple((t["name"], t["result"]) for t in targets if t["result"])
     failed = tuple((t["name"], t["error"]) for t in targets if tune and not t["result"])
     return found | {"stages": tuple(stages.values()), "tuned": tuned, "failed": failed}
+
+
+def names_in(store: Folder) -> dict[str, str]:
+    """Sources by revision, as the recipes call them that ran on a store."""
+    found: dict[str, str] = {}
+    for path in store.find("runs"):
+        if path.endswith("/plan.json"):
+            found |= {r: name for name, r in json.loads(store.read(path))["sources"].items()}
+    return found
 
 
 def _plan(recipe: Recipe, manifest: Manifest) -> Plan:

@@ -8,7 +8,14 @@ import numpy as np
 from svdmerge.report.contents import Contents, Inflation, MergedMatrix, MergedSource, Overlap
 
 SCRIPT = "<script>alert(1)</script>"
-KINDS = ("attention.query", "attention.key", "attention.value", "attention.output", "mlp.in", "x.$y$")
+KINDS = (
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.output",
+    "mlp.in",
+    "x.$y$",
+)
 HOSTILE = (SCRIPT, "n" * 300, "'\"><img src=x onerror=alert(2)>", "$\\frac{1}{0}$", "名前")
 
 
@@ -17,9 +24,7 @@ def synthetic(num_sources: int = 300, num_matrices: int = 560, **changes: Any) -
     draw = np.random.default_rng(0)
     names = (HOSTILE + tuple(f"org/model-{i:03d}" for i in range(num_sources)))[:num_sources]
     kept_by = draw.integers(0, 4, (num_sources, num_matrices))
-    kept_in = tuple(
-        f"layer.{i // len(KINDS)}.{KINDS[i % len(KINDS)]}" for i in range(num_matrices)
-    )
+    kept_in = tuple(f"layer.{i // len(KINDS)}.{KINDS[i % len(KINDS)]}" for i in range(num_matrices))
     compared = names[:32]
     fields = {
         "title": SCRIPT, "summary": "A merge.", "base": SCRIPT, "base_revision": "0" * 64,

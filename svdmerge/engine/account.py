@@ -60,24 +60,20 @@ def _account(
     pooled = pooled[pooled > 0]
     num_kept = sum(found.kept.values())
     competes = plan.method.takes is Takes.POOLED and 0 < num_kept <= len(pooled)
+    largest = [x.weight * float(s[0]) for x, s in zip(listed, values, strict=True) if len(s)]
+    told = {*places(len(pooled)), num_kept} if competes else places(len(pooled))
     return MatrixAccount(
         parameter=parameter,
         found=found,
-        largest=max(
-            (x.weight * float(s[0]) for x, s in zip(listed, values, strict=True) if len(s)),
-            default=0.0,
-        ),
-        spectrum=tuple(
-            (i, float(pooled[i - 1]))
-            for i in sorted({*places(len(pooled)), *([num_kept] if competes else [])})
-        ),
+        largest=max(largest, default=0.0),
+        spectrum=tuple((i, float(pooled[i - 1])) for i in sorted(told)),
         cut=(num_kept, float(pooled[num_kept - 1])) if competes else None,
     )
 
 
-def places(count: int) -> list[int]:
+def places(count: int) -> set[int]:
     """At most `POINTS` of the numbers 1 to `count`, both among them, evenly on a logarithm."""
     if count <= POINTS:
-        return list(range(1, count + 1))
+        return set(range(1, count + 1))
     step = math.log(count) / (POINTS - 1)
-    return sorted({round(math.exp(i * step)) for i in range(POINTS)})
+    return {round(math.exp(i * step)) for i in range(POINTS)}

@@ -27,7 +27,7 @@ MOST_ROWS, MOST_COLUMNS = 60, 120
 MOST_KINDS = 8
 # Of the largest value, the least that is drawn: what lies below is mostly rounding.
 LEAST = 1e-4
-_RC = {
+_RC: Any = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # names are no formulas
     "font.size": 9,
@@ -186,7 +186,9 @@ def _heat_map(
     cells = pooled(values, MOST_ROWS, MOST_COLUMNS)
     figure: Any = Figure(figsize=(WIDTH, min(5.0, 1.3 + 0.17 * len(cells))), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(cells, aspect="auto", cmap="cividis", interpolation="none", vmin=0, vmax=most)
+    image = axes.imshow(
+        cells, aspect="auto", cmap="cividis", interpolation="none", vmin=0, vmax=most
+    )
     bar = figure.colorbar(image, ax=axes, location="top", shrink=0.7, aspect=30, label=label)
     bar.outline.set_visible(False)
     # As many names as there is room for, each beside the cell that it fell into.

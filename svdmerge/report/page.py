@@ -46,11 +46,10 @@ def page(contents: Contents) -> str:
     ks = [outcome["k"] for outcome in contents.whatif]
     return environment.get_template("page.html.j2").render(
         c=contents,
-        figures={name: Markup(text) for name, text in drawn.items()},  # noqa: S704
-        css=Markup(css),  # noqa: S704
-        script=Markup(script),  # noqa: S704
-        script_hash="sha256-"
-        + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        figures={name: Markup(text) for name, text in drawn.items()},
+        css=Markup(css),
+        script=Markup(script),
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         grid=grid,
         chosen=ks.index(contents.k) if contents.k in ks else 0,
         kept_names=_called(given),
@@ -118,12 +117,11 @@ def _told(c: Contents) -> dict[str, str]:
     """What each figure says, in words."""
     told: dict[str, str] = {}
     if c.sources:
-        most = max(c.sources, key=lambda s: s.kept)
-        total = max(1, sum(s.kept for s in c.sources))
+        names, gave = _called([s.name for s in c.sources]), [s.kept for s in c.sources]
         told["contributions"] = (
             f"Each row is a source, those that gave most first, each column a matrix, and the "
-            f"colour the source's share of what was kept there. {_called([s.name for s in c.sources])[c.sources.index(most)]} gave most: "
-            f"{_percent(most.kept / total)} of all components."
+            f"colour the source's share of what was kept there. {names[gave.index(max(gave))]} "
+            f"gave most: {_percent(max(gave) / max(1, sum(gave)))} of all components."
         )
     if c.matrices:
         kinds = len(by_kind(c.matrices))

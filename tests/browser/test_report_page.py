@@ -27,9 +27,7 @@ def chromium() -> Generator[Any]:
 
     with sync_playwright() as found:
         # Root, as containers are, has no sandbox to give.
-        browser = found.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-        )
+        browser = found.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -59,9 +57,7 @@ class Shown:
 
 
 def show(chromium: Any, path: Path, *, width: int = 1280, scheme: str = "light") -> Shown:
-    tab = chromium.new_page(
-        viewport={"width": width, "height": 900}, color_scheme=scheme
-    )
+    tab = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     shown = Shown(tab)
     tab.on("console", lambda told: shown.faults.append(told.text))
     tab.on("pageerror", lambda error: shown.faults.append(str(error)))
@@ -120,9 +116,7 @@ def test_the_slider_says_what_whatif_says(chromium: Any, bench: Bench) -> None:
     tab = shown.tab
     grid = json.loads(tab.inner_text("#whatif-grid"))
     ks = ",".join(str(point["k"]["value"]) for point in grid)
-    done = CliRunner().invoke(
-        app, ["whatif", str(bench.write_recipe()), "--k", ks, "--json"]
-    )
+    done = CliRunner().invoke(app, ["whatif", str(bench.write_recipe()), "--k", ks, "--json"])
     outcomes = json.loads(done.stdout)
     assert len(outcomes) == len(grid) > 5
     names = [Path(name).name for name in outcomes[0]["kept"]]
@@ -142,9 +136,7 @@ def test_the_slider_says_what_whatif_says(chromium: Any, bench: Bench) -> None:
     tab.close()
 
 
-def test_without_scripts_the_figures_of_the_run_stand_there(
-    chromium: Any, bench: Bench
-) -> None:
+def test_without_scripts_the_figures_of_the_run_stand_there(chromium: Any, bench: Bench) -> None:
     context = chromium.new_context(java_script_enabled=False)
     tab = context.new_page()
     tab.goto((bench.out / "report.html").as_uri())
