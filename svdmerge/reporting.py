@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -9,18 +10,20 @@ import yaml
 
 from svdmerge.core.params import Action
 from svdmerge.engine.account import MatrixAccount, account
-from svdmerge.engine.assemble import FACTORS
+from svdmerge.engine.assemble import FACTORS, put_file
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.whatif import whatif
 from svdmerge.errors import OutputError, SvdmergeError
 from svdmerge.recipe import Recipe, parse_recipe
+from svdmerge.report.card import illustrated
 from svdmerge.report.contents import Contents, Inflation, MergedMatrix, MergedSource, Overlap
+from svdmerge.report.figures import as_png, figures
 from svdmerge.report.licence import combined
-from svdmerge.report.page import page
+from svdmerge.report.page import captions, page
 from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import PROVENANCE, RECIPE, load_factors
+from svdmerge.storage.hf_model import MANIFEST, PROVENANCE, RECIPE, load_factors
 from svdmerge.storage.output import Manifest, read_manifest
 from svdmerge.workflow import Run, summary_of
 
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PAGE = "report.html"
+CARD = "README.md"
+# Of the card: those that change only if the merge does, for its manifest holds no time.
+PICTURES, PICTURED = "figures", ("contributions", "spectra-0", "retained", "overlap", "inflation")
 # Budgets of the what-if: shares of the rank, or powers of two up to the largest rank.
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 # Matrices of which vectors are read, spread over the model, and sources that are compared in pairs:
@@ -38,14 +44,35 @@ INFLATED_MATRICES = 64
 
 
 def write_report(out: str) -> str:
-    """The place of the page that was written into an output folder.
+    """The place of the page that was written into an output folder; its card gets pictures too.
 
     Raises:
         OutputError: it is no output of svdmerge.
     """
     folder = Folder.at(out)
-    folder.put(PAGE, page(gather(folder)).encode())
+    contents = gather(folder)
+    if not contents.missing:
+        _illustrate(folder, contents)
+    folder.put(PAGE, page(contents).encode())
     return f"{folder.uri}/{PAGE}"
+
+
+def _illustrate(out: Folder, contents: Contents) -> None:
+    """Pictures beside the card, named in it and in the manifest, which goes last."""
+    manifest, told = read_manifest(out), captions(contents)
+    assert manifest is not None
+    drawn = figures(contents)
+    pictures = {
+        f"{PICTURES}/{name}.png": (told[name.partition("-")[0]], as_png(drawn[name]))
+        for name in PICTURED
+        if name in drawn
+    }
+    shown = {path: text for path, (text, _) in pictures.items()}
+    card = illustrated(out.read(CARD).decode(), pictures=shown).encode()
+    written = [put_file(out, path, data) for path, (_, data) in pictures.items()]
+    written.append(put_file(out, CARD, card))
+    files = manifest.files | {f.file: {"size": f.size, "sha256": f.sha256} for f in written}
+    out.put(MANIFEST, replace(manifest, files=dict(sorted(files.items()))).to_json())
 
 
 def reported(run: Run) -> "RunReport":

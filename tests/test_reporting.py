@@ -118,6 +118,12 @@ def test_run_writes_the_page_and_leaves_it_where_nothing_was_done(tmp_path: Path
     done = CliRunner().invoke(app, ["report", str(bench.out), "--json"])
     assert json.loads(done.stdout) == {"report": str(bench.out / PAGE)}
     assert b"All budgets" in (bench.out / PAGE).read_bytes()
+    names = ["contributions", "inflation", "overlap", "retained", "spectra-0"]
+    pictures = [f"figures/{name}.png" for name in names]
+    claimed = json.loads((bench.out / "svdmerge_manifest.json").read_text())["files"]
+    assert [name for name in claimed if name.startswith("figures/")] == pictures
+    card = (bench.out / "README.md").read_text()
+    assert [card.count(f"({path})") for path in pictures] == [1] * 5  # after a second time too
     checks = json.loads(CliRunner().invoke(app, ["verify", str(bench.out), "--json"]).stdout)
     assert all(check["held"] for check in checks)
 

@@ -56,7 +56,7 @@ def page(contents: Contents) -> str:
         fields=FIELDS,
         kinds=_kinds(contents),
         pairs=_pairs(contents.overlap) if contents.overlap else [],
-        told=_told(contents),
+        told=captions(contents),
         percent=_percent,
     )
 
@@ -113,7 +113,7 @@ def _pairs(overlap: Overlap) -> list[tuple[str, str, float]]:
     return [(names[rows[i]], names[columns[i]], float(values[i])) for i in order]
 
 
-def _told(c: Contents) -> dict[str, str]:
+def captions(c: Contents) -> dict[str, str]:
     """What each figure says, in words."""
     told: dict[str, str] = {}
     if c.sources:
