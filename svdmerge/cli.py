@@ -126,7 +126,13 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Decompose, select, assemble, and tune if the recipe asks. Resumes by itself."""
-    _staged(recipe, lambda run: run.all(), address, as_json, verbose, max_shard_size)
+
+    def all_of(run: "Run") -> "RunReport":
+        from svdmerge.reporting import reported
+
+        return reported(run)
+
+    _staged(recipe, all_of, address, as_json, verbose, max_shard_size)
 
 
 @app.command()
@@ -338,6 +344,35 @@ def push(
         done = pushed_to(out, repo, private=private, revision=revision, dry_run=dry_run)
         size = f"{len(done.files)} files, {done.nbytes / 2**20:.1f} MiB"
         show(as_json, done.to_json, lambda: [f"{done.url or 'would upload'}: {size}"])
+
+    guard(work, verbose=verbose)
+
+
+@app.command()
+def report(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The output folder of a run.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write report.html into an output: what was merged, kept and lost, on one page."""
+
+    def work() -> None:
+        from svdmerge.reporting import write_report
+
+        place = write_report(out)
+        show(as_json, lambda: {"report": place}, lambda: [f"done: {place}"])
+
+    guard(work, verbose=verbose)
+
+
+@app.command()
+def schema(as_json: Json = False, verbose: Verbose = False) -> None:
+    """Print the recipe's JSON Schema, for editors."""
+
+    def work() -> None:
+        from svdmerge.recipe_schema import recipe_schema
+
+        show(True, recipe_schema, list)
 
     guard(work, verbose=verbose)
 

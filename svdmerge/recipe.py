@@ -91,15 +91,26 @@ def parse_rows(text: str) -> TensorRows:
     return TensorRows(tensor=name, first=int(first or 0), stop=int(stop) if stop else None)
 
 
-Share = Annotated[int | float, BeforeValidator(parse_share)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-ShardSize = Annotated[int | Literal["base"], BeforeValidator(parse_shard_size)]
+# What may be written, for the schema that editors read.
+_Percent = Annotated[str, Field(pattern=r"^\s*[-+0-9.eE]+\s*%?\s*$")]
+_Size = Annotated[str, Field(pattern=r"^\s*[0-9.]+\s*([KMGT]i?)?B?\s*$")]
+Density = Annotated[float, BeforeValidator(parse_density, json_schema_input_type=float | _Percent)]
+Share = Annotated[
+    int | float, BeforeValidator(parse_share, json_schema_input_type=int | float | _Percent)
+]
+Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=PositiveInt | _Size)]
+ShardSize = Annotated[
+    int | Literal["base"],
+    BeforeValidator(parse_shard_size, json_schema_input_type=PositiveInt | _Size | Literal["base"]),
+]
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def _listed(value: object) -> object:
@@ -121,13 +132,13 @@ class SourceModel(Section):
     """A source: where it lies and how much it counts. Or many, by a pattern or a query."""
 
     model: str = ""
-    """A reference, or a pattern (`*`, `?`, `[...]`) of paths or URIs: the folders and safetensors
-    files that match now."""
+    """A folder, an fsspec URI or a hub id; [@revision]; [+adapter[@revision]]. Or a pattern (`*`,
+    `?`, `[...]`) of paths or URIs: the folders and safetensors files that match now."""
     hub: HubQuery | None = None
     """In place of `model`: what the hub lists now."""
     weight: PositiveFloat = 1.0
     """Scales this source's singular values and its share of the averages alike."""
-    quota: Annotated[float, BeforeValidator(parse_density)] = 1.0
+    quota: Density = 1.0
     """Share of each matrix's slots that it may take: floor(quota * budget + 1e-9), at least 1."""
     admit: bool = False
     """Merge it even if it lies so far from the base that it seems to come from another one."""
@@ -158,6 +169,11 @@ def _source(value: object) -> object:
     return {"model": value} if isinstance(value, str) else value
 
 
+_SourceOrName = Annotated[
+    SourceModel, BeforeValidator(_source, json_schema_input_type=str | SourceModel)
+]
+
+
 class Parameters(Section):
     """How components are chosen and combined."""
 
@@ -172,7 +188,7 @@ class Parameters(Section):
     scale: PositiveFloat | Literal["auto"] = 1.0
     """Strength of the whole merged difference: lambda of task arithmetic, alpha of Iso-C;
     `auto`: what the target's examples ask for."""
-    density: Annotated[float, BeforeValidator(parse_density)] | None = None
+    density: Density | None = None
     """Share of entries that ties, knots, core_space and dare keep; the method's own by default."""
     svd: Literal["adaptive", "exact"] = "adaptive"
     """Solver: a full SVD, or a randomized one of just the needed depth."""
@@ -182,8 +198,9 @@ class PolicyRule(Section):
     """What happens to the tensors whose name matches a glob; the first rule that says it counts."""
 
     match: str
+    """A glob of tensor names."""
     policy: Literal["base", "average", "decompose", "error"] | None = None
-    """What the merge makes of it."""
+    """What the merge makes of it: keep the base's, average, decompose, or refuse."""
     missing: Literal["error", "base"] | None = None
     """Where a full source lacks it; `base`: it has no difference there. By default an error."""
     mismatch: Literal["error", "base", "tokens"] | None = None
@@ -204,12 +221,14 @@ class PolicyRule(Section):
 
 
 class Resources(Section):
-    """What one task may use."""
+    """Threads, device and memory of one task."""
 
     threads: PositiveInt = 1
+    """Of one task. Numbers depend on it in their last bits."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where differences are decomposed: `cuda` takes a GPU of each worker that does."""
     memory: Bytes = 2 << 30
+    """Of one task, as 2GiB: what needs more is refused before anything starts."""
     max_matrix: Bytes = 128 << 20
     """Of a difference in float64 that one task may hold: larger matrices are decomposed in blocks
     of rows by several. The default, 4096 x 4096, fits the default memory with its full SVD."""
@@ -218,7 +237,7 @@ class Resources(Section):
 class Target(BaseModel):
     """One of many targets: its name, and the keys of `tune` that differ for it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
     """Of its folder too."""
@@ -235,6 +254,7 @@ def _unique(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return targets
 
 
+_TargetOrName = Annotated[Target, BeforeValidator(_target, json_schema_input_type=str | Target)]
 _UNIQUE = AfterValidator(_unique)
 
 
@@ -280,6 +300,7 @@ class TuneConfig(Section):
     null_space: bool = False
     """Train more values than there are merged components, on seeded null-space directions."""
     epochs: PositiveInt = 10
+    """Passes over the training examples, at most."""
     batch_size: PositiveInt = 32
     """Examples per step, over all workers."""
     accumulate: PositiveInt = 1
@@ -301,6 +322,7 @@ class TuneConfig(Section):
     nodes. Each process still reads the whole model into its own memory once, and the driver
     measures features on its CPU."""
     use_gpu: bool = False
+    """Train on a GPU of each worker."""
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints, at least."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
@@ -312,7 +334,7 @@ class TuneConfig(Section):
     )
     """What is written beside head and `tune.json`: the adapter (changes of singular values), the
     full model, a PEFT LoRA adapter. Default: adapter and model; of many targets, adapters alone."""
-    targets: Annotated[tuple[Annotated[Target, BeforeValidator(_target)], ...], _UNIQUE] = ()
+    targets: Annotated[tuple[_TargetOrName, ...], _UNIQUE] = ()
     """Many targets that share this section: names, or mappings of a name and what differs.
 
     `{name}` in `train`, `test` and `out` becomes the target's name.
@@ -414,21 +436,31 @@ class Recipe(Section):
         "axis", "average", "task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "svc",
         "knots", "core_space",
     ] = "axis"  # fmt: skip
+    """How the sources' differences to the base become one."""
     base_model: str = Field(min_length=1)
-    models: Annotated[
-        tuple[Annotated[SourceModel, BeforeValidator(_source)], ...], Field(min_length=1)
-    ]
+    """What all sources were fine-tuned from: a folder, an fsspec URI or a hub id; [@revision]."""
+    models: Annotated[tuple[_SourceOrName, ...], Field(min_length=1)]
+    """The sources: names, or mappings of a name, its weight and its quota."""
     parameters: Parameters = Parameters()
+    """How components are chosen and combined; those that the method uses."""
     policies: tuple[PolicyRule, ...] = ()
+    """What happens to tensors by name; the first rule that matches wins, before the defaults."""
     store: str = "./svdmerge-store"
+    """A folder or fsspec URI of components, selections and run reports."""
     out: str = "./merged"
+    """A folder or fsspec URI of the merged model."""
     out_dtype: Literal["base", "float32", "float16", "bfloat16"] = "base"
+    """Of the merged model's floating-point tensors."""
     max_shard_size: ShardSize = "base"
     """Of the output's weights files; `base`: as the base's tensors lie together in files."""
     resources: Resources = Resources()
+    """What one task may use."""
     tune: TuneConfig | None = None
+    """Adapt to a target by training singular values."""
     gate: GateConfig | None = None
+    """What a release must not be worse in."""
     tick: TickConfig = TickConfig()
+    """How `svdmerge tick` releases."""
 
     @model_validator(mode="before")
     @classmethod

@@ -64,6 +64,8 @@ FLAGS = {
         "OUT",
         "REPO",
     ],
+    "report": ["--json", "--verbose", "-v", "OUT"],
+    "schema": ["--json", "--verbose", "-v"],
     "import-mergekit": ["--base", "--json", "--verbose", "-v", "FILE"],
     "store ls": ["--json", "--verbose", "-v", "STORE"],
     "store verify": ["--json", "--verbose", "-v", "STORE"],

@@ -30,6 +30,8 @@ class Manifest:
     sources: tuple[dict[str, Any], ...]
     actions: dict[str, str]
     files: dict[str, dict[str, Any]]
+    base_licence: str | None = None
+    """What its card states; a source's stands with it."""
 
     def to_json(self) -> bytes:
         """The manifest's bytes; no time and no host, so that equal runs write equal bytes."""
