@@ -22,6 +22,8 @@ class Unreliable:
     upstream: str
     address: str = ""
     error_share: float = 0.0
+    late_share: float = 0.0
+    """Of writes, those that are done and then told to have failed."""
     """Of requests: answered with 503, or, half of those that write, after they were carried out."""
     truncated_share: float = 0.0
     """Of bodies read: cut short, the connection closed."""
@@ -66,8 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         if how.unconditional:
             del self.headers["If-None-Match"]
         writes = self.command in ("PUT", "POST", "DELETE")
-        fails = how.draws("error", how.error_share)
-        if fails and not (writes and how.draws("late error", 0.5)):
+        late = writes and how.draws("late error", how.late_share)
+        if how.draws("error", how.error_share):
             self._answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
             return
         upstream = http.client.HTTPConnection(urlsplit(how.upstream).netloc, timeout=60)
@@ -76,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         data = response.read()
         headers = {k: v for k, v in response.getheaders() if k.lower() not in PASSED_ON}
         upstream.close()
-        if fails:  # carried out, and nobody told: the client writes twice
+        if late:  # carried out, and nobody told: the client writes twice
             self._answer(500, {}, b"<Error><Code>InternalError</Code></Error>")
             return
         key = unquote(urlsplit(self.path).path)
