@@ -22,9 +22,9 @@ class Unreliable:
     upstream: str
     address: str = ""
     error_share: float = 0.0
+    """Of requests: answered with 503."""
     late_share: float = 0.0
-    """Of writes, those that are done and then told to have failed."""
-    """Of requests: answered with 503, or, half of those that write, after they were carried out."""
+    """Of writes: carried out, and told to have failed."""
     truncated_share: float = 0.0
     """Of bodies read: cut short, the connection closed."""
     lying_share: float = 0.0
