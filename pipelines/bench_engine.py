@@ -57,7 +57,7 @@ class PlainProcesses:
         stage: str,
         progress: Progress,
         failed: object = None,
-        num_gpus: int = 0,
+        num_gpus: float = 0,
     ) -> list[R]:
         """The task's results, in the order of the units."""
         return list(self.pool.map(partial(call, task), units))

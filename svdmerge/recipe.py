@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -18,7 +20,9 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -56,6 +60,11 @@ def parse_bytes(value: object) -> int:
     return size
 
 
+def parse_shard_size(value: object) -> int | str:
+    """`5GB` -> 5000000000, `base` as it is."""
+    return "base" if value == "base" else parse_bytes(value)
+
+
 def parse_density(value: object) -> float:
     """`20%` -> 0.2, `0.2` -> 0.2, `1` -> 1.0: a share, of entries."""
     share = parse_share(value)
@@ -64,14 +73,37 @@ def parse_density(value: object) -> float:
     return float(share)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRows:
+    """Rows first..stop-1 of a tensor, all from `first` on where `stop` is None."""
+
+    tensor: str
+    first: int = 0
+    stop: int | None = None
+
+
+def parse_rows(text: str) -> TensorRows:
+    """`a.weight[0:768]` -> those rows of a.weight; `a.weight` -> all of them."""
+    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", text)
+    if not found:
+        return TensorRows(tensor=text)
+    name, first, stop = found.groups()
+    return TensorRows(tensor=name, first=int(first or 0), stop=int(stop) if stop else None)
+
+
 Share = Annotated[int | float, BeforeValidator(parse_share)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+ShardSize = Annotated[int | Literal["base"], BeforeValidator(parse_shard_size)]
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class SourceModel(Section):
@@ -82,6 +114,23 @@ class SourceModel(Section):
     """Scales this source's singular values and its share of the averages alike."""
     quota: Annotated[float, BeforeValidator(parse_density)] = 1.0
     """Share of each matrix's slots that it may take: floor(quota * budget + 1e-9), at least 1."""
+    admit: bool = False
+    """Merge it even if it lies so far from the base that it seems to come from another one."""
+
+    tensors: dict[str, Annotated[tuple[str, ...], BeforeValidator(_listed)]] = {}
+    """Of the base's tensors, where the source cuts or names them otherwise, what to put together
+    of the source's, one below the other: names, or rows of them as `name[0:768]`. A star stands
+    for the same on both sides."""
+
+    @model_validator(mode="after")
+    def _stars_agree(self) -> "SourceModel":
+        for name, given in self.tensors.items():
+            for text in given:
+                if text.count("*") != name.count("*"):
+                    raise ValueError(f"tensors: {name}: got {text!r}; expected as many stars")
+            if not given:
+                raise ValueError(f"tensors: {name}: got nothing; expected tensors of the source")
+        return self
 
 
 def _source(value: object) -> object:
@@ -109,10 +158,28 @@ class Parameters(Section):
 
 
 class PolicyRule(Section):
-    """What happens to the tensors whose name matches a glob."""
+    """What happens to the tensors whose name matches a glob; the first rule that says it counts."""
 
     match: str
-    policy: Literal["base", "average", "decompose", "error"]
+    policy: Literal["base", "average", "decompose", "error"] | None = None
+    """What the merge makes of it."""
+    missing: Literal["error", "base"] | None = None
+    """Where a full source lacks it; `base`: it has no difference there. By default an error."""
+    mismatch: Literal["error", "base", "tokens"] | None = None
+    """Where a source has it in another shape; `tokens`: rows, along the first axis, are those of
+    tokens and matched by them, whatever their numbers. By default an error."""
+    extra: Literal["ignore", "error"] | None = None
+    """Where only a source has it. By default it is left out."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "PolicyRule":
+        if not (self.policy or self.missing or self.mismatch or self.extra):
+            raise ValueError("expected `policy`, `missing`, `mismatch` or `extra`")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_it_says(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class Resources(Section):
@@ -170,6 +237,11 @@ class TuneConfig(Section):
     images (in the order of their names)."""
     test: str = ""
     """Examples that the result is measured on; never trained or selected on."""
+    dataset: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """The hub's dataset that `test` is of, as org/name: the result is written to `.eval_results`
+    for it. By default that of an hf://datasets URI."""
+    dataset_task: str = "default"
+    """Which of that dataset's tasks."""
     input: str = "text"
     """Column of the inputs. Of images: encoded bytes, {bytes, path}, or paths beside the file."""
     label: str = "label"
@@ -299,7 +371,8 @@ class Recipe(Section):
     store: str = "./svdmerge-store"
     out: str = "./merged"
     out_dtype: Literal["base", "float32", "float16", "bfloat16"] = "base"
-    max_shard_size: Bytes = 5 * 10**9
+    max_shard_size: ShardSize = "base"
+    """Of the output's weights files; `base`: as the base's tensors lie together in files."""
     resources: Resources = Resources()
     tune: TuneConfig | None = None
 
@@ -375,11 +448,16 @@ class Recipe(Section):
     @property
     def rules(self) -> tuple[Policy, ...]:
         """The policies as the core takes them."""
-        return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies)
+        return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies if p.policy)
+
+    def ruling(self, what: Literal["missing", "mismatch", "extra"], name: str) -> str | None:
+        """What the first policy that says so has a tensor be where it is missing, and so on."""
+        rules = (p for p in self.policies if getattr(p, what) and fnmatchcase(name, p.match))
+        return next((str(getattr(p, what)) for p in rules), None)
 
     def numeric_digest(self) -> str:
-        """sha256 of what the numbers depend on besides the models: not `out`, `store`, or order."""
-        skip = {"out", "store", "tune", "models", "base_model", "resources"}
+        """sha256 of what the numbers depend on besides the models: not order, places, or layout."""
+        skip = {"out", "store", "max_shard_size", "tune", "models", "base_model", "resources"}
         fields = self.model_dump(mode="json", exclude=skip)
         fields |= {"threads": self.resources.threads, "max_matrix": self.resources.max_matrix}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -394,14 +472,14 @@ class Recipe(Section):
         return yaml.safe_dump(self.dump(), sort_keys=False)
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
+def load_recipe(path: str | Path, **given: str) -> Recipe:
+    """The recipe in a YAML file; what is given stands for its own.
 
     Raises:
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong; every fault
             is named, unknown keys with the nearest known one.
     """
-    return parse_recipe(load_mapping(path), origin=str(path))
+    return parse_recipe(load_mapping(path) | given, origin=str(path))
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:

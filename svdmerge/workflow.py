@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from svdmerge import __version__
-from svdmerge.engine import assemble, select
+from svdmerge.engine import assemble, kinship, select
 from svdmerge.engine.decompose import decompose, pending
-from svdmerge.engine.estimate import estimate
+from svdmerge.engine.estimate import estimate, unlike
 from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
@@ -29,8 +29,9 @@ from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import CardSource, licence_in, model_card
 from svdmerge.report.run_report import RunReport, StageProgress, StageReport
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, copy_side_files
+from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, put_file, put_index
 from svdmerge.storage.output import (
+    UNFINISHED,
     Manifest,
     check_ours,
     damaged_files,
@@ -40,6 +41,7 @@ from svdmerge.storage.output import (
     staging,
     written_files,
 )
+from svdmerge.storage.side_files import copy_side_files
 
 if TYPE_CHECKING:
     from svdmerge.targeting import Ranking, Targeting
@@ -66,9 +68,10 @@ class Run:
         self._reported_at = 0.0
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         self.report = RunReport(
-            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
-        )
-        self.report.warnings += notices(self.plan)
+            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri,
+            unlike=dict[str, dict[str, Any]](unlike(self.plan)),
+        )  # fmt: skip
+        self.report.warnings += [*notices(self.plan), *_unguarded(self.plan.store)]
 
     def all(self) -> RunReport:
         """Every stage that is left to do; the report."""
@@ -95,7 +98,9 @@ class Run:
         told = {"plan_hash": self.plan.hash, "attempt": self._attempt, "out": self.out.uri}
         logger.info("run: %s", self.report.status, extra=told | {"status": self.report.status})
 
-    def decompose(self, *, whole: bool = False) -> None:
+    def decompose(
+        self, *, whole: bool = False, judge: Callable[[Inventory], None] = lambda _: None
+    ) -> None:
         """Store the components that the selection needs and are not stored yet; `whole`: all that
         each source could give by itself."""
         self.plan.run_folder.put("plan.json", _plan_json(self.plan))
@@ -106,6 +111,7 @@ class Run:
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
+                judge=judge,
             ),
         )
 
@@ -156,7 +162,12 @@ class Run:
         return Targeting(self.plan, config, runtime=self._runtime, progress=self._progress)
 
     def select(self) -> pa.Table:
-        """The selection. Raises: StoreError, if a source is not decomposed."""
+        """The selection.
+
+        Raises:
+            StoreError: a source is not decomposed.
+            MismatchError: a source seems to come from another base.
+        """
         inventory = self._inventory()
         if missing := next(pending(self.plan, inventory), None):
             raise StoreError(
@@ -164,6 +175,7 @@ class Run:
                 f"First missing: {missing.name}.",
                 "Run `svdmerge decompose` first.",
             )
+        self._judge(inventory)
         self.adapt()
         table: list[pa.Table] = []
 
@@ -242,22 +254,35 @@ class Run:
             self.report.status = "unchanged"
             self.adapt()  # what was chosen then holds, and is told again
         else:
-            self.decompose()
+            # After the first round, before what may be wrong is decomposed any deeper.
+            self.decompose(judge=self._judge)
             self.assemble(self.select())
         if self.plan.recipe.tune is not None:
             self.tune()
+
+    def _judge(self, inventory: Inventory) -> None:
+        """Refuse sources that seem to come from another base; once is enough."""
+        if not self.report.kinship:
+            self.report.kinship = dict(
+                kinship.stored_kinships(
+                    self.plan, inventory, runtime=self._runtime, progress=self._progress
+                )
+            )
+            self.report.warnings += kinship.judge(self.plan, self.report.kinship)
 
     def _inventory(self) -> Inventory:
         return take_inventory(self.plan, runtime=self._runtime, progress=self._progress)
 
     def _is_done(self) -> bool:
         """Whether the output is that of this plan, and whole."""
-        if self.plan.run_folder.stat(DONE) is None:
+        if self.plan.run_folder.stat(DONE) is None or self.out.stat(UNFINISHED) is not None:
             return False
         manifest = read_manifest(self.out)
         if manifest is None or manifest.plan_hash != self.plan.hash:
             return False
-        return not damaged_files(self.out, manifest)
+        return assemble.has_layout(self.plan, manifest.files) and not damaged_files(
+            self.out, manifest
+        )
 
     def _timed(self, name: str, work: Callable[[], Sequence[Receipt]]) -> None:
         start, before = time.perf_counter(), self._runtime.tally.counts()
@@ -289,6 +314,7 @@ class Run:
             found = pq_bytes(select.provenance(self._merged, selection))
             written += _side_files(plan, staged, provenance=found, report=self.report)
             copy_side_files(plan.base, staged)
+            written += put_index(staged, assemble.output_files(plan))
             publish(staged, self.out, manifest=_manifest(plan, staged, written))
         finally:
             release(staged)
@@ -379,6 +405,16 @@ def prepare(recipe: Recipe, *, address: str) -> Plan:
     return plan
 
 
+def _unguarded(store: Folder) -> list[str]:
+    """What is told of a store where two runs at once would not notice each other."""
+    if store.enforces_put_once():
+        return []
+    return [
+        f"{store.uri}: does not enforce put-once (If-None-Match), so the last of two writers wins: "
+        "run one command at a time on it"
+    ]
+
+
 def _check_shared(plan: Plan, out: Folder, *, address: str) -> None:
     """Other processes do not see this one's memory filesystem."""
     folders = [plan.store, out, plan.base.folder, *(s.checkpoint.folder for s in plan.sources)]
@@ -430,9 +466,9 @@ def _side_files(
         summary=_summary(plan) + _chosen(report),
     )
     return [
-        assemble.put_file(out, PROVENANCE, provenance),
-        assemble.put_file(out, RECIPE, recipe_yaml.encode()),
-        assemble.put_file(out, "README.md", card.encode()),
+        put_file(out, PROVENANCE, provenance),
+        put_file(out, RECIPE, recipe_yaml.encode()),
+        put_file(out, "README.md", card.encode()),
     ]
 
 

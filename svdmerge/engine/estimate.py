@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 from svdmerge.core.params import Action, Parameter
+from svdmerge.engine.fitting import Unlike
 from svdmerge.engine.flops import block_flops, merge_flops, svd_flops, write_flops
 from svdmerge.engine.plan import Plan, peak_bytes, stored_bytes, write_bytes
 
@@ -37,8 +38,8 @@ class Estimate:
     num_sources: int
     tensors: tuple[TensorLine, ...]
     actions: dict[str, int]
-    ignored: dict[str, tuple[str, ...]]
-    """Tensors of sources that the base does not have."""
+    unlike: dict[str, dict[str, Unlike]]
+    """By source, its tensors that are not just the base's with other values."""
     num_units: int
     read_bytes: int
     store_bytes: int
@@ -69,7 +70,7 @@ def estimate(plan: Plan) -> Estimate:
         num_sources=num,
         tensors=tuple(_line(plan, name) for name in plan.base.tensors),
         actions=dict(Counter(str(a) for a in plan.actions.values())),
-        ignored={s.reference: s.ignored for s in plan.sources if s.ignored},
+        unlike=unlike(plan),
         num_units=num * len(plan.groups),
         read_bytes=read,
         store_bytes=num * sum(stored_bytes(p, depth=plan.depth(p)) for p in plan.parameters),
@@ -80,6 +81,11 @@ def estimate(plan: Plan) -> Estimate:
         ),
         cpu_seconds=flops / SVD_FLOPS_PER_S + read / READ_BYTES_PER_S,
     )
+
+
+def unlike(plan: Plan) -> dict[str, dict[str, Unlike]]:
+    """Each source's tensors that are not just the base's with other values, if it has any."""
+    return {s.reference: dict(s.unlike) for s in plan.sources if s.unlike}
 
 
 def decompose_flops(plan: Plan, parameter: Parameter) -> float:

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from svdmerge.core.kinship import Kinship
+
 
 @dataclass(slots=True, kw_only=True)
 class StageReport:
@@ -51,6 +53,11 @@ class RunReport:
     stages: list[StageReport] = field(default_factory=list[StageReport])
     kept: dict[str, int] = field(default_factory=dict[str, int])
     """Components kept of each source."""
+    kinship: dict[str, Kinship | None] = field(default_factory=dict[str, Kinship | None])
+    """How far each source lies from the base; None of adapters, which are not judged by it."""
+    unlike: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """By source, its tensors that are not just the base's with other values: what they are and
+    what stands for them."""
     warnings: list[str] = field(default_factory=list[str])
     ranking: Any = None
     """A `Ranking`, where sources were ranked for a target."""
