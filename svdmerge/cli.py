@@ -1,6 +1,7 @@
 """The command line: parse, build, one call, one result. Heavy imports wait for their command."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +11,7 @@ import typer
 from svdmerge.errors import RecipeError
 from svdmerge.kind.cli import kind_app
 from svdmerge.logs import Format, configure
-from svdmerge.terminal import Address, Json, Verbose, guard, progress, show
+from svdmerge.terminal import INTERRUPTED, Address, Json, Verbose, guard, progress, show
 
 if TYPE_CHECKING:
     from svdmerge.report.run_report import RunReport
@@ -125,7 +126,13 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Decompose, select, assemble, and tune if the recipe asks. Resumes by itself."""
-    _staged(recipe, lambda run: run.all(), address, as_json, verbose, max_shard_size)
+
+    def all_of(run: "Run") -> "RunReport":
+        from svdmerge.reporting import reported
+
+        return reported(run)
+
+    _staged(recipe, all_of, address, as_json, verbose, max_shard_size)
 
 
 @app.command()
@@ -164,6 +171,74 @@ def tune(
 ) -> None:
     """Train singular values of the merged model for the recipe's target, or many targets."""
     _staged(recipe, lambda run: run.attempt(run.tune), address, as_json, verbose)
+
+
+@app.command()
+def tick(
+    recipe: RecipePath,
+    watch: Annotated[
+        float | None, typer.Option(min=1.0, help="Look again every so many seconds.")
+    ] = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge and release anew if a source changed and the gate holds; for any scheduler."""
+
+    def once() -> None:
+        from svdmerge.recipe import load_recipe
+        from svdmerge.tables import tick_tables
+        from svdmerge.tick import tick as tick_of
+
+        found = tick_of(load_recipe(recipe), address=address, progress=progress())
+        show(as_json, found.to_json, lambda: tick_tables(found))
+        if found.status == "refused":
+            raise typer.Exit(1)
+
+    if watch is None:
+        guard(once, verbose=verbose)
+    else:
+        guard(lambda: _every(watch, once), verbose=verbose)
+
+
+@app.command()
+def rollback(
+    recipe: RecipePath,
+    number: Annotated[
+        int | None, typer.Argument(metavar="N", help="A release; the one before by default.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Release an older content again, as a new release."""
+
+    def work() -> None:
+        from svdmerge.recipe import load_recipe
+        from svdmerge.rollback import rollback as rolled_back
+        from svdmerge.tables import tick_tables
+
+        found = rolled_back(load_recipe(recipe), number)
+        show(as_json, found.to_json, lambda: tick_tables(found))
+
+    guard(work, verbose=verbose)
+
+
+@app.command()
+def releases(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List a recipe's releases; the last is the current one."""
+
+    def work() -> None:
+        from dataclasses import asdict
+
+        from svdmerge.recipe import load_recipe
+        from svdmerge.tables import releases_table
+        from svdmerge.tick import releases_of
+
+        held = releases_of(load_recipe(recipe))
+        found = [held.read(n) for n in held.numbers()]
+        show(as_json, lambda: [asdict(r) for r in found], lambda: [releases_table(found)])
+
+    guard(work, verbose=verbose)
 
 
 @app.command()
@@ -269,6 +344,35 @@ def push(
         done = pushed_to(out, repo, private=private, revision=revision, dry_run=dry_run)
         size = f"{len(done.files)} files, {done.nbytes / 2**20:.1f} MiB"
         show(as_json, done.to_json, lambda: [f"{done.url or 'would upload'}: {size}"])
+
+    guard(work, verbose=verbose)
+
+
+@app.command()
+def report(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The output folder of a run.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write report.html into an output: what was merged, kept and lost, on one page."""
+
+    def work() -> None:
+        from svdmerge.reporting import write_report
+
+        place = write_report(out)
+        show(as_json, lambda: {"report": place}, lambda: [f"done: {place}"])
+
+    guard(work, verbose=verbose)
+
+
+@app.command()
+def schema(as_json: Json = False, verbose: Verbose = False) -> None:
+    """Print the recipe's JSON Schema, for editors."""
+
+    def work() -> None:
+        from svdmerge.recipe_schema import recipe_schema
+
+        show(True, recipe_schema, list)
 
     guard(work, verbose=verbose)
 
@@ -419,6 +523,17 @@ def _staged(
             raise typer.Exit(1)
 
     guard(work, verbose=verbose)
+
+
+def _every(seconds: float, work: Callable[[], None]) -> None:
+    """Do it again and again, until interrupted: a failure is told, and the next time may do."""
+    while True:
+        try:
+            guard(work, verbose=False)
+        except typer.Exit as end:
+            if end.exit_code == INTERRUPTED:
+                raise
+        guard(lambda: time.sleep(seconds), verbose=False)
 
 
 def _names(text: str | None) -> list[str]:

@@ -91,28 +91,54 @@ def parse_rows(text: str) -> TensorRows:
     return TensorRows(tensor=name, first=int(first or 0), stop=int(stop) if stop else None)
 
 
-Share = Annotated[int | float, BeforeValidator(parse_share)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-ShardSize = Annotated[int | Literal["base"], BeforeValidator(parse_shard_size)]
+# What may be written, for the schema that editors read.
+_Percent = Annotated[str, Field(pattern=r"^\s*[-+0-9.eE]+\s*%?\s*$")]
+_Size = Annotated[str, Field(pattern=r"^\s*[0-9.]+\s*([KMGT]i?)?B?\s*$")]
+Density = Annotated[float, BeforeValidator(parse_density, json_schema_input_type=float | _Percent)]
+Share = Annotated[
+    int | float, BeforeValidator(parse_share, json_schema_input_type=int | float | _Percent)
+]
+Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=PositiveInt | _Size)]
+ShardSize = Annotated[
+    int | Literal["base"],
+    BeforeValidator(parse_shard_size, json_schema_input_type=PositiveInt | _Size | Literal["base"]),
+]
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class SourceModel(Section):
-    """A source: where it lies and how much it counts."""
+class HubQuery(Section):
+    """Models of the hub that name a base as theirs."""
 
-    model: str = Field(min_length=1)
+    base: str | None = None
+    """The base's id there; the recipe's own by default."""
+    relation: Literal["finetune", "adapter"] = "finetune"
+    author: str | None = None
+    tags: tuple[str, ...] = ()
+    """Of each, all of these."""
+
+
+class SourceModel(Section):
+    """A source: where it lies and how much it counts. Or many, by a pattern or a query."""
+
+    model: str = ""
+    """A folder, an fsspec URI or a hub id; [@revision]; [+adapter[@revision]]. Or a pattern (`*`,
+    `?`, `[...]`) of paths or URIs: the folders and safetensors files that match now."""
+    hub: HubQuery | None = None
+    """In place of `model`: what the hub lists now."""
     weight: PositiveFloat = 1.0
     """Scales this source's singular values and its share of the averages alike."""
-    quota: Annotated[float, BeforeValidator(parse_density)] = 1.0
+    quota: Density = 1.0
     """Share of each matrix's slots that it may take: floor(quota * budget + 1e-9), at least 1."""
     admit: bool = False
     """Merge it even if it lies so far from the base that it seems to come from another one."""
@@ -132,9 +158,20 @@ class SourceModel(Section):
                 raise ValueError(f"tensors: {name}: got nothing; expected tensors of the source")
         return self
 
+    @model_validator(mode="after")
+    def _names_something(self) -> "SourceModel":
+        if bool(self.model) == (self.hub is not None):
+            raise ValueError("model: expected a reference or a pattern, or `hub` in its place")
+        return self
+
 
 def _source(value: object) -> object:
     return {"model": value} if isinstance(value, str) else value
+
+
+_SourceOrName = Annotated[
+    SourceModel, BeforeValidator(_source, json_schema_input_type=str | SourceModel)
+]
 
 
 class Parameters(Section):
@@ -151,7 +188,7 @@ class Parameters(Section):
     scale: PositiveFloat | Literal["auto"] = 1.0
     """Strength of the whole merged difference: lambda of task arithmetic, alpha of Iso-C;
     `auto`: what the target's examples ask for."""
-    density: Annotated[float, BeforeValidator(parse_density)] | None = None
+    density: Density | None = None
     """Share of entries that ties, knots, core_space and dare keep; the method's own by default."""
     svd: Literal["adaptive", "exact"] = "adaptive"
     """Solver: a full SVD, or a randomized one of just the needed depth."""
@@ -161,8 +198,9 @@ class PolicyRule(Section):
     """What happens to the tensors whose name matches a glob; the first rule that says it counts."""
 
     match: str
+    """A glob of tensor names."""
     policy: Literal["base", "average", "decompose", "error"] | None = None
-    """What the merge makes of it."""
+    """What the merge makes of it: keep the base's, average, decompose, or refuse."""
     missing: Literal["error", "base"] | None = None
     """Where a full source lacks it; `base`: it has no difference there. By default an error."""
     mismatch: Literal["error", "base", "tokens"] | None = None
@@ -183,12 +221,14 @@ class PolicyRule(Section):
 
 
 class Resources(Section):
-    """What one task may use."""
+    """Threads, device and memory of one task."""
 
     threads: PositiveInt = 1
+    """Of one task. Numbers depend on it in their last bits."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where differences are decomposed: `cuda` takes a GPU of each worker that does."""
     memory: Bytes = 2 << 30
+    """Of one task, as 2GiB: what needs more is refused before anything starts."""
     max_matrix: Bytes = 128 << 20
     """Of a difference in float64 that one task may hold: larger matrices are decomposed in blocks
     of rows by several. The default, 4096 x 4096, fits the default memory with its full SVD."""
@@ -197,7 +237,7 @@ class Resources(Section):
 class Target(BaseModel):
     """One of many targets: its name, and the keys of `tune` that differ for it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
     """Of its folder too."""
@@ -214,6 +254,7 @@ def _unique(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return targets
 
 
+_TargetOrName = Annotated[Target, BeforeValidator(_target, json_schema_input_type=str | Target)]
 _UNIQUE = AfterValidator(_unique)
 
 
@@ -259,6 +300,7 @@ class TuneConfig(Section):
     null_space: bool = False
     """Train more values than there are merged components, on seeded null-space directions."""
     epochs: PositiveInt = 10
+    """Passes over the training examples, at most."""
     batch_size: PositiveInt = 32
     """Examples per step, over all workers."""
     accumulate: PositiveInt = 1
@@ -280,6 +322,7 @@ class TuneConfig(Section):
     nodes. Each process still reads the whole model into its own memory once, and the driver
     measures features on its CPU."""
     use_gpu: bool = False
+    """Train on a GPU of each worker."""
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints, at least."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
@@ -291,7 +334,7 @@ class TuneConfig(Section):
     )
     """What is written beside head and `tune.json`: the adapter (changes of singular values), the
     full model, a PEFT LoRA adapter. Default: adapter and model; of many targets, adapters alone."""
-    targets: Annotated[tuple[Annotated[Target, BeforeValidator(_target)], ...], _UNIQUE] = ()
+    targets: Annotated[tuple[_TargetOrName, ...], _UNIQUE] = ()
     """Many targets that share this section: names, or mappings of a name and what differs.
 
     `{name}` in `train`, `test` and `out` becomes the target's name.
@@ -350,6 +393,37 @@ class TuneConfig(Section):
         return self
 
 
+class GateConfig(Section):
+    """What a merge must hold to become the current release."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.01
+    """How much worse than the current release's its measure may be: a share of the examples told
+    right, or nats per token."""
+    examples: TuneConfig | None = None
+    """What it is measured on, as in `tune`, whose examples are the default."""
+
+
+def _webhook(value: str) -> str:
+    # Not told: an address of this kind is a secret.
+    if not re.match(r"https?://[^/]|\$\w+$", value):
+        raise ValueError("expected an http(s) URL, or $NAME of an environment variable")
+    return value
+
+
+class TickConfig(Section):
+    """Re-merging as sources appear, change and go."""
+
+    unfit: Literal["stop", "skip"] = "stop"
+    """Where a source cannot be used: no release, or one without it; it is told either way."""
+    keep: Annotated[int, Field(ge=2)] = 10
+    """Last releases whose models are kept."""
+    releases: str | None = None
+    """Folder of the release records; `releases` in the store by default."""
+    webhook: Annotated[str, AfterValidator(_webhook)] | None = None
+    """Where releases, refusals and failures are posted as JSON; $NAME is read from the environment.
+    """
+
+
 # Of the examples, where they choose everything: a quarter tells a clear gain from none, and what is
 # left still trains.
 HELD_OUT = 0.25
@@ -362,19 +436,31 @@ class Recipe(Section):
         "axis", "average", "task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "svc",
         "knots", "core_space",
     ] = "axis"  # fmt: skip
+    """How the sources' differences to the base become one."""
     base_model: str = Field(min_length=1)
-    models: Annotated[
-        tuple[Annotated[SourceModel, BeforeValidator(_source)], ...], Field(min_length=1)
-    ]
+    """What all sources were fine-tuned from: a folder, an fsspec URI or a hub id; [@revision]."""
+    models: Annotated[tuple[_SourceOrName, ...], Field(min_length=1)]
+    """The sources: names, or mappings of a name, its weight and its quota."""
     parameters: Parameters = Parameters()
+    """How components are chosen and combined; those that the method uses."""
     policies: tuple[PolicyRule, ...] = ()
+    """What happens to tensors by name; the first rule that matches wins, before the defaults."""
     store: str = "./svdmerge-store"
+    """A folder or fsspec URI of components, selections and run reports."""
     out: str = "./merged"
+    """A folder or fsspec URI of the merged model."""
     out_dtype: Literal["base", "float32", "float16", "bfloat16"] = "base"
+    """Of the merged model's floating-point tensors."""
     max_shard_size: ShardSize = "base"
     """Of the output's weights files; `base`: as the base's tensors lie together in files."""
     resources: Resources = Resources()
+    """What one task may use."""
     tune: TuneConfig | None = None
+    """Adapt to a target by training singular values."""
+    gate: GateConfig | None = None
+    """What a release must not be worse in."""
+    tick: TickConfig = TickConfig()
+    """How `svdmerge tick` releases."""
 
     @model_validator(mode="before")
     @classmethod
@@ -440,6 +526,14 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _gate_has_examples(self) -> "Recipe":
+        if self.gate is not None:
+            examples = self.gate.examples or self.tune
+            if examples is None or examples.targets:
+                raise ValueError("gate.examples: Field required without `tune` of one target")
+        return self
+
     @property
     def is_targeted(self) -> bool:
         """Whether the merge depends on the target's examples."""
@@ -457,15 +551,21 @@ class Recipe(Section):
 
     def numeric_digest(self) -> str:
         """sha256 of what the numbers depend on besides the models: not order, places, or layout."""
-        skip = {"out", "store", "max_shard_size", "tune", "models", "base_model", "resources"}
+        skip = {
+            "out", "store", "max_shard_size", "tune", "gate", "tick", "models", "base_model",
+            "resources",
+        }  # fmt: skip
         fields = self.model_dump(mode="json", exclude=skip)
         fields |= {"threads": self.resources.threads, "max_matrix": self.resources.max_matrix}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def dump(self) -> dict[str, Any]:
-        """The recipe as plain values, with every default that its method uses."""
+        """The recipe as plain values, with every default that its method uses; no secret."""
         unused = Parameters.model_fields.keys() - METHODS[self.merge_method].parameters
-        return self.model_dump(mode="json", exclude={"parameters": unused})
+        skip: Any = {"parameters": unused, "tick": {"webhook"}}
+        if not any(m.hub for m in self.models):
+            skip["models"] = {"__all__": {"hub"}}
+        return self.model_dump(mode="json", exclude=skip)
 
     def dump_yaml(self) -> str:
         """The recipe with every default written out."""
@@ -507,6 +607,10 @@ _SECTIONS: dict[str, type[Section]] = {
     "models": SourceModel,
     "resources": Resources,
     "tune": TuneConfig,
+    "gate": GateConfig,
+    "tick": TickConfig,
+    "hub": HubQuery,
+    "examples": TuneConfig,
 }
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -538,7 +642,8 @@ def _explain(
         text = fault["msg"].removeprefix("Value error, ")
         return f"{place}: {text}" if place else text
     loc, key = fault["loc"][:-1], str(fault["loc"][-1])
-    section = list((sections.get(str(loc[0]), kind) if loc else kind).model_fields)
+    named = [sections[str(part)] for part in loc if str(part) in sections]
+    section = list((named[-1] if named else kind).model_fields)
     near = difflib.get_close_matches(key, section, n=1)
     known = f"the nearest is `{near[0]}`" if near else f"known keys: {', '.join(sorted(section))}"
     return f"{place}: unknown key; {known}"

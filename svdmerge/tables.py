@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
     from svdmerge.engine.whatif import Outcome
     from svdmerge.report.run_report import RunReport
     from svdmerge.storage.maintenance import StoredSource
+    from svdmerge.storage.releases import Release
     from svdmerge.targeting import Ranking
+    from svdmerge.tick import TickResult
     from svdmerge.training.result import Row
     from svdmerge.training.targets import TargetOutcome, TargetsResult
 
@@ -249,6 +251,24 @@ def whatif_table(outcomes: Sequence["Outcome"]) -> Table:
     rows += [(source, *(o.kept[source] for o in outcomes)) for source in sources]
     names = [f"{o.k:.4g}" if isinstance(o.k, float) else str(o.k) for o in outcomes]
     return table("Components kept", columns=("k", *names), rows=rows)
+
+
+def tick_tables(found: "TickResult") -> list[Any]:
+    """What a tick found, did, and released."""
+    tables = run_tables(found.run) if found.run is not None else []
+    tables += [f"left out: {name}: {why}" for name, why in found.skipped.items()]
+    tables += [f"warning: {told}" for told in found.warnings]
+    current = f"release {found.release.n}: {found.release.model}" if found.release else "no release"
+    return [*tables, f"{found.status}: {found.why}", current]
+
+
+def releases_table(releases: Sequence["Release"]) -> Table:
+    """Releases, oldest first."""
+    return table(
+        "Releases",
+        columns=("n", "released", "model", "why"),
+        rows=((r.n, r.released_at, r.model, r.why) for r in releases),
+    )
 
 
 _OUTCOMES = {True: "held", False: "FAILED", None: "not checked"}

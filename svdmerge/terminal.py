@@ -24,6 +24,10 @@ Address = Annotated[
 ]
 
 
+# 128 + SIGINT, as shells have it.
+INTERRUPTED = 130
+
+
 def progress() -> "Progress":
     """Bars, or lines, on standard error; nothing where the log tells it."""
     from svdmerge.progress import SILENT, TerminalProgress
@@ -54,7 +58,7 @@ def guard(work: Callable[[], None], *, verbose: bool) -> None:
         lines = [" ".join(str(line).split()) for line in error.args if line]
         _fail("\n".join(lines), 2 if isinstance(error, RecipeError) else 1)
     except KeyboardInterrupt:
-        _fail("interrupted; what is done is kept: the same command goes on from there", 130)
+        _fail("interrupted; what is done is kept: the same command goes on from there", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> NoReturn:

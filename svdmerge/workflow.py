@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from svdmerge import __version__
+from svdmerge.core.methods.registry import METHODS
 from svdmerge.engine import assemble, kinship, select
 from svdmerge.engine.decompose import decompose, pending
 from svdmerge.engine.estimate import estimate, unlike
@@ -28,6 +29,7 @@ from svdmerge.progress import SILENT, Progress, Recorded
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import CardSource, licence_in, model_card
 from svdmerge.report.run_report import RunReport, StageProgress, StageReport
+from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, put_file, put_index
 from svdmerge.storage.output import (
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DONE = "DONE"
+# What models state, by their names.
+Licences = Mapping[str, str | None]
 # Of a model's card: front matter comes first.
 MAX_CARD_BYTES = 1 << 20
 # Seconds between reports of a run that goes on: who looks needs no more, and stores charge by the
@@ -59,11 +63,17 @@ REPORT_S = 2.0
 class Run:
     """One attempt at a plan: its stages, each resuming from what is stored."""
 
-    def __init__(self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT) -> None:
+    def __init__(
+        self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT,
+        earlier: str | None = None,
+    ) -> None:  # fmt: skip
+        """`earlier` is the plan hash of another run, whose factors are taken over where they are
+        the same."""
         self.plan: Plan = prepare(recipe, address=runtime.address)
         self._merged = self.plan
         """The plan as the target's examples changed it: other weights, another strength."""
         self.out = Folder.at(recipe.out)
+        self._earlier = self.plan.store.child(layout.run_path(earlier)) if earlier else None
         self._runtime, self._progress = runtime, Recorded(progress, tell=self._tell)
         self._reported_at = 0.0
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
@@ -210,7 +220,7 @@ class Run:
             "merge",
             lambda: assemble.merge_factors(
                 self._merged, selection, attempt=self._attempt, runtime=self._runtime,
-                progress=self._progress,
+                progress=self._progress, earlier=self._earlier,
             ),
         )  # fmt: skip
         self._timed("write", lambda: self._write(selection))
@@ -312,10 +322,13 @@ class Run:
                 plan, staged, runtime=self._runtime, progress=self._progress
             )
             found = pq_bytes(select.provenance(self._merged, selection))
-            written += _side_files(plan, staged, provenance=found, report=self.report)
+            licences = _licences(plan)
+            written += _side_files(
+                plan, staged, provenance=found, licences=licences, report=self.report
+            )
             copy_side_files(plan.base, staged)
             written += put_index(staged, assemble.output_files(plan))
-            publish(staged, self.out, manifest=_manifest(plan, staged, written))
+            publish(staged, self.out, manifest=_manifest(plan, staged, written, licences))
         finally:
             release(staged)
         return []
@@ -444,32 +457,39 @@ def pq_bytes(table: pa.Table) -> bytes:
 
 
 def _side_files(
-    plan: Plan, out: Folder, *, provenance: bytes, report: RunReport
+    plan: Plan, out: Folder, *, provenance: bytes, licences: Licences, report: RunReport
 ) -> list[WrittenFile]:
     """Card, resolved recipe and provenance."""
     recipe_yaml = plan.recipe.dump_yaml()
     card = model_card(
         title=out_name(plan),
         base=plan.base.reference,
-        base_licence=_licence(plan.base.folder),
+        base_licence=licences[plan.base.reference],
         sources=[
             CardSource(
                 name=s.reference,
                 revision=s.revision,
                 weight=s.weight,
                 kept=report.kept.get(s.reference, 0),
-                licence=_licence(s.checkpoint.folder),
+                licence=licences[s.reference],
             )
             for s in sorted(plan.sources, key=lambda s: s.reference)
         ],
         recipe_yaml=recipe_yaml,
-        summary=_summary(plan) + _chosen(report),
+        summary=summary_of(plan.recipe, num_sources=len(plan.sources)) + _chosen(report),
     )
     return [
         put_file(out, PROVENANCE, provenance),
         put_file(out, RECIPE, recipe_yaml.encode()),
         put_file(out, "README.md", card.encode()),
     ]
+
+
+def _licences(plan: Plan) -> Licences:
+    """What each model states, by its name."""
+    folders = {s.reference: s.checkpoint.folder for s in plan.sources}
+    folders[plan.base.reference] = plan.base.folder
+    return {name: _licence(folder) for name, folder in folders.items()}
 
 
 def _licence(folder: Folder) -> str | None:
@@ -491,27 +511,35 @@ def out_name(plan: Plan) -> str:
     return Folder.at(plan.recipe.out).name
 
 
-def _summary(plan: Plan) -> str:
-    p = plan.recipe.parameters
+def summary_of(recipe: Recipe, *, num_sources: int) -> str:
+    """What the merge is, in a sentence."""
+    p = recipe.parameters
     share = f"{p.k:.4g} of each matrix's rank" if isinstance(p.k, float) else f"{p.k} per matrix"
-    share += ", spent over all matrices" * plan.is_global
-    return plan.method.summary.format(
-        n=len(plan.sources), k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
+    share += ", spent over all matrices" * (p.scope == "global")
+    return METHODS[recipe.merge_method].summary.format(
+        n=num_sources, k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
     )
 
 
-def _manifest(plan: Plan, staged: Folder, written: Sequence[WrittenFile]) -> Manifest:
+def _manifest(
+    plan: Plan, staged: Folder, written: Sequence[WrittenFile], licences: Licences
+) -> Manifest:
     return Manifest(
         plan_hash=plan.hash,
         svdmerge_version=__version__,
         base=plan.base.reference,
         base_revision=plan.base.revision,
+        base_licence=licences[plan.base.reference],
         sources=tuple(
-            {"model": s.reference, "revision": s.revision, "weight": s.weight} for s in plan.sources
+            {
+                "model": s.reference, "revision": s.revision, "weight": s.weight,
+                "licence": licences[s.reference],
+            }
+            for s in plan.sources
         ),
         actions={name: str(action) for name, action in plan.actions.items()},
         files=written_files(staged, known=written),
-    )
+    )  # fmt: skip
 
 
 def _plan_json(plan: Plan) -> bytes:

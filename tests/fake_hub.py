@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 # Files from this size on go by LFS, whatever they are; and weights always.
 LFS_BYTES = 10_000
 Files = dict[str, bytes]
@@ -42,6 +44,14 @@ class Hub:
         text = f"{repo} {len(history)} {sorted(held)}".encode() + b"".join(held.values())
         history.append((hashlib.sha1(text).hexdigest(), held))
         return history[-1][0]
+
+    def tags(self, repo: str) -> set[str]:
+        """What a repository is listed by: its card's tags and `base_model`."""
+        card = self.repos[repo][-1][1].get("README.md", b"").decode().split("---")
+        front = (yaml.safe_load(card[1]) if len(card) > 2 else None) or {}
+        base = front.get("base_model")
+        kind = front.get("base_model_relation", "finetune")
+        return {*front.get("tags", []), *([f"base_model:{kind}:{base}"] if base else [])}
 
     def at(self, repo: str, revision: str) -> tuple[str, Files] | None:
         """The commit that a revision names."""
@@ -138,6 +148,22 @@ class Handler(BaseHTTPRequestHandler):
         return commit
 
     # --- reading ---
+
+    def listing(self, body: bytes) -> None:
+        """Models whose cards name a base and tags, and that the caller may see; one a page."""
+        asked = parse_qs(urlsplit(self.path).query)
+        allowed = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        author, start = asked.get("author", [""])[0], int(asked.get("cursor", ["0"])[0])
+        found = [
+            {"id": repo, "modelId": repo, "tags": sorted(tags)}
+            for repo, tags in sorted((r, self.hub.tags(r)) for r in self.hub.repos)
+            if set(asked.get("filter", [])) <= tags and repo.startswith(author)
+            and (allowed or repo not in self.hub.private)
+        ]  # fmt: skip
+        query = "&".join(f"filter={f}" for f in asked.get("filter", [])) + f"&author={author}"
+        following = f"{self.hub.address}/api/models?{query}&cursor={start + 1}"
+        more = {"Link": f'<{following}>; rel="next"'} if start + 1 < len(found) else {}
+        self.answer(found[start : start + 1], **more)
 
     def info(self, body: bytes, repo: str, revision: str | None = None) -> None:
         commit = self.found(repo, revision or "main")
@@ -318,6 +344,7 @@ _AT = r"(?P<revision>[^/]+)"
 ROUTES = [
     (kind, verb, re.compile(pattern))
     for kind, verb, pattern in [
+        ("listing", "GET", r"/api/models"),
         ("create", "POST", r"/api/repos/create"),
         ("validate", "POST", r"/api/validate-yaml"),
         ("preupload", "POST", rf"/api/models/{_REPO}/preupload/{_AT}"),

@@ -1,11 +1,10 @@
 """Outputs go to a hub whole, in one commit, and models come from it by ranges."""
 
 import shutil
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from fake_hub import Hub, serving
+from fake_hub import Hub
 from merging import Bench, micro_bench
 
 from svdmerge.errors import CheckpointError, OutputError, StoreError
@@ -17,23 +16,6 @@ from svdmerge.storage.model_ref import pinned
 from svdmerge.workflow import run
 
 REPO = "org/merged"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Generator[Hub]:
-    """A hub that this process's libraries take for the real one."""
-    from huggingface_hub import HfFileSystem, constants
-
-    with serving() as found:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, found.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", found.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", found.token)
-        HfFileSystem.clear_instance_cache()
-        yield found
-        HfFileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")

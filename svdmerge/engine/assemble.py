@@ -8,7 +8,7 @@ import pyarrow as pa
 from svdmerge.core.methods.merging import Merging
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine import tasks
-from svdmerge.engine.plan import Plan, merge_bytes, write_bytes
+from svdmerge.engine.plan import Plan, merge_bytes, numerics_class, write_bytes
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import picks
 from svdmerge.engine.tally import MATRICES
@@ -22,18 +22,24 @@ from svdmerge.storage.hf_model import (
     output_tensors,
     split,
 )
+from svdmerge.storage.manifest import Committed
 
 FACTORS = "factors"
 
 
 def merge_factors(
-    plan: Plan, selection: pa.Table, *, attempt: str, runtime: Runtime, progress: Progress
-) -> list[tasks.Receipt]:
-    """Receipts of the factors merged now; those of an earlier attempt are not among them."""
+    plan: Plan, selection: pa.Table, *, attempt: str, runtime: Runtime, progress: Progress,
+    earlier: Folder | None = None,
+) -> list[tasks.Receipt]:  # fmt: skip
+    """Receipts of the factors merged now; those of an earlier attempt are not among them.
+
+    Where a selection is that of an `earlier` run, in its folder, its factors are taken over.
+    """
+    other = load_factors(earlier.child(FACTORS)) if earlier else None
     committed = load_factors(plan.run_folder.child(FACTORS))
     chosen = picks(plan, selection)
     units = [
-        _factor_unit(plan, todo, chosen, attempt=attempt, number=number)
+        _factor_unit(plan, todo, chosen, attempt=attempt, number=number, earlier=other)
         for number, group in enumerate(plan.groups)
         if (todo := [p for p in group if p.action is not Action.EQUAL and p.id not in committed])
     ]
@@ -73,6 +79,7 @@ def _factor_unit(
     *,
     attempt: str,
     number: int,
+    earlier: Committed | None,
 ) -> tasks.FactorUnit:
     return tasks.FactorUnit(
         name=f"merge [{number + 1}/{len(plan.groups)}]",
@@ -80,6 +87,8 @@ def _factor_unit(
         threads=plan.recipe.resources.threads,
         store=plan.store,
         base_key=plan.base_key,
+        numerics=numerics_class(plan.recipe.resources.device, plan.recipe.resources.threads),
+        earlier=earlier.only(p.id for p in parameters) if earlier else None,
         attempt=attempt,
         factors=plan.run_folder.child(FACTORS),
         picks=tuple((p, chosen.get(p.source_id, ())) for p in parameters),

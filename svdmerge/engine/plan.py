@@ -1,10 +1,9 @@
 """The plan: what happens to every tensor, from headers alone. No weight is read."""
 
 import hashlib
-import itertools
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
@@ -12,7 +11,14 @@ from svdmerge.core.methods.registry import METHODS, Method, Takes
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
 from svdmerge.engine.fitting import Unlike, fit
 from svdmerge.engine.memory import by_rows_bytes
-from svdmerge.errors import MismatchError, RecipeError, ResourceError
+from svdmerge.engine.resolve import resolved
+from svdmerge.errors import (
+    MismatchError,
+    RecipeError,
+    ResourceError,
+    RetryableError,
+    SvdmergeError,
+)
 from svdmerge.recipe import Recipe, SourceModel, TuneConfig
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import (
@@ -167,8 +173,14 @@ def in_blocks(depth: int, parameter: Parameter) -> int:
     return min(parameter.rank, -(-depth // BLOCK) * BLOCK)
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """The plan of a recipe.
+Refused = Callable[[str, SvdmergeError], None]
+
+
+def make_plan(recipe: Recipe, *, refused: Refused | None = None) -> Plan:
+    """The plan of a recipe, its patterns and queries resolved to what they stand for now.
+
+    With `refused`, sources that cannot be used are given to it, with the error, and left out; but
+    not all of them.
 
     Raises:
         RecipeError: a model is listed twice, or a policy refuses a tensor.
@@ -177,15 +189,12 @@ def make_plan(recipe: Recipe) -> Plan:
             policy allows that.
         ResourceError: a matrix needs more memory than the recipe gives a task.
     """
+    recipe = resolved(recipe)
     base = open_checkpoint(recipe.base_model)
     actions = {name: _action(recipe, base, ref) for name, ref in base.tensors.items()}
-    sources = tuple(
-        sorted(
-            (_source(m, recipe=recipe, base=base, actions=actions) for m in recipe.models),
-            key=lambda s: s.revision,
-        )
-    )
-    _refuse_twins(sources)
+    found = _sources(recipe, base=base, actions=actions, refused=refused)
+    recipe = recipe.model_copy(update={"models": tuple(model for model, _ in found.values())})
+    sources = tuple(found[revision][1] for revision in sorted(found))
     parameters = tuple(
         p
         for name, ref in base.tensors.items()
@@ -319,19 +328,39 @@ def _source(
     )  # fmt: skip
 
 
-def _refuse_twins(sources: Sequence[Source]) -> None:
-    for one, other in itertools.pairwise(sources):
-        if one.revision == other.revision:
-            both = (
-                one.reference
-                if one.reference == other.reference
-                else (f"{one.reference} and {other.reference}")
-            )
-            raise RecipeError(
-                f"models: {both}: the same model is listed twice",
-                "It would take two sources' share of the merge.",
-                "List it once, with a `weight` if it should count more.",
-            )
+def _sources(
+    recipe: Recipe, *, base: Checkpoint, actions: Mapping[str, Action], refused: Refused | None
+) -> dict[str, tuple[SourceModel, Source]]:  # fmt: skip
+    """Models and what they are, by revision, in the recipe's order."""
+    found: dict[str, tuple[SourceModel, Source]] = {}
+    last: SvdmergeError | None = None
+    for model in recipe.models:
+        try:
+            source = _source(model, recipe=recipe, base=base, actions=actions)
+            if source.revision in found:
+                raise _twins(source, found[source.revision][1])
+        except RetryableError:
+            raise  # that says nothing of the source
+        except SvdmergeError as error:
+            if refused is None:
+                raise
+            refused(model.model, error)
+            last = error
+        else:
+            found[source.revision] = (model, source)
+    if last is not None and not found:
+        raise last
+    return found
+
+
+def _twins(one: Source, other: Source) -> RecipeError:
+    both = f"{other.reference} and {one.reference}"
+    return RecipeError(
+        f"models: {one.reference if one.reference == other.reference else both}: "
+        "the same model is listed twice",
+        "It would take two sources' share of the merge.",
+        "List it once, with a `weight` if it should count more.",
+    )
 
 
 def _refuse_same_ids(parameters: Sequence[Parameter]) -> None:

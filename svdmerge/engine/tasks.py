@@ -4,11 +4,13 @@ What matrices that no worker may hold take is in `row_tasks`.
 """
 
 import contextlib
+import hashlib
+import json
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 
 import torch
@@ -29,10 +31,15 @@ from svdmerge.engine.differences import (
 from svdmerge.engine.flops import block_flops, svd_flops
 from svdmerge.engine.solve import Solved, Stored, solve, solve_low_rank, stored_of, to_store
 from svdmerge.engine.stacked import first_blocks_on
-from svdmerge.errors import SolverError
+from svdmerge.errors import SolverError, StoreError
 from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import OutputTensor, WrittenFile, write_safetensors
+from svdmerge.storage.hf_model import (
+    OutputTensor,
+    WrittenFile,
+    read_factors,
+    write_safetensors,
+)
 from svdmerge.storage.layout import BLOCK
 from svdmerge.storage.manifest import Commit, Committed, Covered, put_unit
 from svdmerge.storage.shards import Rows
@@ -240,34 +247,63 @@ class FactorUnit:
     threads: int
     store: Folder
     base_key: str
+    numerics: str
     attempt: str
     factors: Folder
     picks: tuple[tuple[Parameter, tuple[Pick, ...]], ...]
     merging: Merging
+    earlier: Committed | None = None
+    """Factors of another run: those made of the very same are taken over."""
+
+    def made_of(self, parameter: Parameter, picks: Sequence[Pick]) -> str:
+        """sha256 of all that the factors of a matrix depend on."""
+        settings = self.merging.of(parameter)
+        taken = [(p.content, p.weight, p.indices) for p in picks]
+        fields = [
+            self.base_key, self.numerics, parameter.id, parameter.action, asdict(settings), taken,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
 def factor(unit: FactorUnit) -> Receipt:
     """Merged factors of matrices, stored and committed in the run's folder."""
     start = time.perf_counter()
     rows, covered = list[Rows](), list[Covered]()
+    num_merged = 0
     for parameter, picks in unit.picks:
-        merged = _merge(unit, parameter, picks)
+        made_of, merged = unit.made_of(parameter, picks), None
+        if unit.earlier is not None:
+            merged = _taken_over(unit.earlier, parameter, made_of)
+        if merged is None:
+            num_merged += 1
+            merged = _merge(unit, parameter, picks)
         kind = "merged" if parameter.is_factored else "flat"
         rows.append(Rows(parameter=parameter.id, kind=kind, first=0, components=merged))
         covered.append(
             Covered(
-                parameter=parameter.id, first=0, depth=len(merged), source_sha256="", base_sha256=""
+                parameter=parameter.id, first=0, depth=len(merged), source_sha256=made_of,
+                base_sha256="",
             )
-        )
+        )  # fmt: skip
     place = layout.group_key(p.id for p, _ in unit.picks)
     commit = put_unit(
         unit.factors, data_prefix=place, commit_path=f"{place}.json", rows=rows, spectra=[],
         covered=covered, solver=unit.merging.method, numerics="",
     )  # fmt: skip
     return Receipt(
-        name=unit.name, num_matrices=len(unit.picks), bytes_read=0, bytes_stored=commit.shard.size,
+        name=unit.name, num_matrices=num_merged, bytes_read=0, bytes_stored=commit.shard.size,
         seconds=time.perf_counter() - start, peak_rss_bytes=peak_rss_bytes(),
     )  # fmt: skip
+
+
+def _taken_over(earlier: Committed, parameter: Parameter, made_of: str) -> RankOneComponents | None:
+    """A matrix's factors in another run, if they were made of the very same and are whole."""
+    if parameter.id not in earlier or earlier.sha256(parameter.id) != made_of:
+        return None
+    try:
+        return read_factors(earlier, parameter)
+    except StoreError:
+        return None  # they can be made again
 
 
 def _merge(unit: FactorUnit, parameter: Parameter, picks: Sequence[Pick]) -> RankOneComponents:

@@ -155,6 +155,17 @@ class Folder:
         return {p.removeprefix(root): int(i["size"]) for p, i in sorted(found.items())}
 
     @_again
+    def glob(self, pattern: str) -> dict[str, bool]:
+        """Paths below that match now, relative to this folder, and whether each is a folder."""
+        root = self.path() + "/"
+        with _reading(self, pattern):
+            found: dict[str, Any] = self.fs.glob(self.path(pattern), detail=True)
+        return {
+            p.rstrip("/").removeprefix(root): i["type"] == "directory"
+            for p, i in sorted(found.items())
+        }
+
+    @_again
     def read(self, relative: str, *, start: int | None = None, stop: int | None = None) -> bytes:
         """A file's bytes, or those of a range; fewer only where the file ends.
 

@@ -30,7 +30,6 @@ from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.manifest import Committed
 from svdmerge.storage.quantised import FP8
 
-MANIFEST = "svdmerge_manifest.json"
 RECIPE = "svdmerge_recipe.yml"
 PROVENANCE = "provenance/components.parquet"
 # Read at once where a file is read whole: what a range read of an object store is fast with.

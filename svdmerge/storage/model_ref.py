@@ -77,6 +77,31 @@ def pinned(place: str) -> str:
     return f"{_HUB}{kind}{found.repo_id}@{info.sha}{below}"
 
 
+def listed_on_hub(
+    base: str, *, relation: str, author: str | None, tags: tuple[str, ...]
+) -> list[str]:
+    """References of the hub's models that name a base as theirs, by name.
+
+    Raises:
+        RetryableError: the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    wanted = [f"base_model:{relation}:{base}", *tags]
+    try:
+        found = [model.id for model in HfApi().list_models(filter=wanted, author=author)]
+    except Exception as error:  # of the network's libraries, each of its own kind
+        raise RetryableError(
+            f"the hub does not list models of {base}", _first_line(error), "Check the network."
+        ) from error
+    return [f"{_HUB}{name}" for name in sorted(found)]
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a reference is `org/name`, with or without a revision, and no path."""
+    return _place(text) != text
+
+
 def _place(text: str) -> str:
     """A path or URI: a hub id becomes one, unless a path of that name exists."""
     if "://" in text or _is_path(text) or not _HUB_ID.fullmatch(text):

@@ -12,7 +12,8 @@ from typing import Any
 from svdmerge.errors import OutputError
 from svdmerge.storage.checkpoint import INDEX
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import MANIFEST, WrittenFile, file_sha256
+from svdmerge.storage.hf_model import WrittenFile, file_sha256
+from svdmerge.storage.layout import MANIFEST
 
 # Lies in an output that is being written in its place, until it is whole.
 UNFINISHED = ".svdmerge-unfinished"
@@ -29,6 +30,8 @@ class Manifest:
     sources: tuple[dict[str, Any], ...]
     actions: dict[str, str]
     files: dict[str, dict[str, Any]]
+    base_licence: str | None = None
+    """What its card states; a source's stands with it."""
 
     def to_json(self) -> bytes:
         """The manifest's bytes; no time and no host, so that equal runs write equal bytes."""
