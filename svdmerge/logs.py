@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, TextIO
 
 Format = Literal["text", "json"]
 ROOT = logging.getLogger("svdmerge")
@@ -29,11 +29,22 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, default=str)
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Standard error, whatever it is when a record comes."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return sys.stderr
+
+
 def configure(form: Format) -> None:
     """Log in this form to standard error: in JSON from `info` on, in text warnings alone."""
     for handler in [*ROOT.handlers]:
         ROOT.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter("%(message)s"))
     ROOT.addHandler(handler)
     ROOT.setLevel(logging.INFO if form == "json" else logging.WARNING)

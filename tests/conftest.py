@@ -94,6 +94,8 @@ def ray_session(s3_server: str) -> Generator[None]:
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
+        # Told at once (10 s by default): a test reads what is exported.
+        _system_config={"metrics_report_interval_ms": 1000},
     )
     yield
     ray.shutdown()

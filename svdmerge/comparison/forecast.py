@@ -1,5 +1,5 @@
 """What merging 500 sources of 70B parameters would take on 1,000 GPUs, by the simulator: a core's
-rates are measured, the machines' and the store's are assumed."""
+and a GPU's rates are measured, the machines' and the store's are assumed."""
 
 import hashlib
 import time
@@ -11,7 +11,7 @@ import torch
 from svdmerge.comparison.simulator import Machines, UnitCost, simulate
 from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.decompose import GPU_SHARE
-from svdmerge.engine.flops import block_flops, merge_flops, write_flops
+from svdmerge.engine.flops import merge_flops, write_flops
 
 # (m, n) and how many in a layer: Llama 3 70B's attention and feed-forward matrices.
 LAYER = ((8192, 8192, 2), (1024, 8192, 2), (28672, 8192, 2), (8192, 28672, 1))
@@ -28,8 +28,9 @@ class Rates:
     """Hashed and decoded by one core; `host_rate` measures it."""
     cpu_flops: float
     """Of products and decompositions by one task's threads; `cpu_rate` measures one thread."""
-    gpu_flops: float = 2e13
-    """Of products in float32 on a GPU: assumed, a third of an H100's peak without tensor cores."""
+    gpu_bytes: float = 1e10
+    """Of source and base copied to a GPU and decomposed to first blocks: measured on an H200 with
+    matrices of a 7B model, 5.9 GiB in 0.63 s (pipelines/README.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,13 +152,10 @@ def _numel() -> int:
 def _decompose_cost(cluster: Cluster, rates: Rates) -> UnitCost:
     """One layer of one source: first blocks of its matrices, with certificates."""
     read = (1.0 + cluster.base_reads) * _numel() * WEIGHT_BYTES
-    flops = sum(count * block_flops(p) for p, count in _matrices())
     # Two tasks share a GPU, so that each computes at half its rate.
-    gpu = rates.gpu_flops * GPU_SHARE
-    # Kept or not, the base is hashed and decoded with every source.
-    return UnitCost(
-        read_bytes=read, seconds=2 * _numel() * WEIGHT_BYTES / rates.host_bytes + flops / gpu
-    )
+    rate = 1 / (1 / rates.host_bytes + 1 / (rates.gpu_bytes * GPU_SHARE))
+    # Kept or not, the base is hashed, decoded and copied with every source.
+    return UnitCost(read_bytes=read, seconds=2 * _numel() * WEIGHT_BYTES / rate)
 
 
 def _merge_cost(rates: Rates, *, k: float) -> UnitCost:

@@ -201,7 +201,8 @@ class RayTasks:
 
     def __init__(self, address: str, *, policy: RetryPolicy | None = None) -> None:
         self.address = address
-        self.tally = Tally(export=True)
+        # A driver outside a cluster is on no node of it, whose port would export.
+        self.tally = Tally(export=not address.startswith("ray://"))
         self._policy = policy or RetryPolicy()
 
     def map(
