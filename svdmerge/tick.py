@@ -39,6 +39,8 @@ from svdmerge.storage.releases import (
 
 # Of a folder's name: enough that two contents of one recipe never share it.
 CONTENT_DIGITS = 12
+# What ticks make below `out`, with their epoch: models, and what one that was killed left of them.
+MADE = re.compile(rf"\.?[0-9a-f]{{{CONTENT_DIGITS}}}-(\d+)(-tuned)?(\.partial-.*)?")
 # Settings of `tune` that no number depends on.
 HOW_OFTEN = {"use_gpu", "checkpoint_every", "checkpoint_every_s"}
 
@@ -255,11 +257,11 @@ class _Tick:
     def _made_before(self, seen: _Seen, current: Release | None) -> str | None:
         """A whole model of this content that an attempt since the current release left, so that
         what follows resumes."""
+        whole = re.compile(rf"{seen.content[:CONTENT_DIGITS]}-(\d+)")
         for name in self.out.names():
-            epoch = _epoch_of(name, content=seen.content[:CONTENT_DIGITS])
-            if epoch is None or name.endswith("-tuned") or (current and epoch < current.epoch):
-                continue
-            if _is_whole(self.out.child(name)):
+            match = whole.fullmatch(name)
+            since = match and (current is None or int(match[1]) > current.epoch)
+            if since and _is_whole(self.out.child(name)):
                 return self.out.child(name).uri
         return None
 
@@ -269,15 +271,9 @@ class _Tick:
         last = [self.releases.read(n) for n in self.releases.numbers()[-self.recipe.tick.keep :]]
         kept = {Folder.at(place).name for place in kept_models(last, keep=len(last))}
         for name in self.out.names():
-            epoch = _epoch_of(name)
-            if epoch is not None and epoch < release.epoch and name not in kept:
+            match = MADE.fullmatch(name)
+            if match and int(match[1]) < release.epoch and name not in kept:
                 self.out.child(name).remove()
-
-
-def _epoch_of(name: str, *, content: str = "[0-9a-f]{12}") -> int | None:
-    """The epoch in the name of a model's folder; None if it is named otherwise."""
-    match = re.fullmatch(rf"{content}-(\d+)(-tuned)?", name)
-    return int(match[1]) if match else None
 
 
 def _check_out(recipe: Recipe, out: Folder) -> None:

@@ -258,6 +258,16 @@ def test_the_gate_refuses_a_release_with_a_corrupted_source_and_says_why(tmp_pat
     assert released(bench, **gated(bench, **wide)).n == 2
 
 
+def test_a_tick_on_ray_releases_the_same_bytes(tmp_path: Path, ray_session: None) -> None:
+    bench = target_bench(tmp_path / "target")
+    raw = pattern(bench, **gated(bench))
+    places = {"store": str(tmp_path / "store"), "out": str(tmp_path / "ray")}
+    on_ray = tick(bench.recipe(**raw, **places), address="local").release
+    here = released(bench, **gated(bench))
+    assert on_ray is not None
+    assert (content(on_ray), on_ray.measures) == (content(here), here.measures)
+
+
 def test_a_tuned_model_is_released_beside_its_merged_one(tmp_path: Path) -> None:
     bench = target_bench(tmp_path / "target")
     changes = gated(bench, tune=tune_section(bench.root), gate={})
@@ -325,6 +335,31 @@ def test_a_release_whose_model_is_gone_is_made_again(bench: Bench) -> None:
     shutil.rmtree(first.model)
     again = released(bench)
     assert (again.n, again.content) == (2, first.content)
+
+
+def test_what_killed_ticks_left_is_cleared_and_what_is_not_ours_stays(bench: Bench) -> None:
+    first = released(bench)
+    name = Path(first.model).name
+    left = bench.out / f".{name.replace('-1', '-0')}.partial-0123abcd"
+    left.mkdir()
+    (bench.out / "notes").mkdir()
+    micro_model(bench.root / "source-9", seed=9, base=bench.base)
+    second = released(bench)
+    assert {p.name for p in bench.out.iterdir()} == {name, Path(second.model).name, "notes"}
+
+
+def test_a_tick_that_was_killed_before_its_record_resumes_with_its_model(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("svdmerge.storage.releases.Releases.publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ticked(bench)
+    (model,) = bench.out.iterdir()
+    found = ticked(bench)
+    assert found.run is not None
+    assert found.release is not None
+    assert (found.run.status, found.release.model) == ("unchanged", str(model))
 
 
 # --- two at once ---
