@@ -10,6 +10,7 @@ import typer
 
 from svdmerge.errors import RecipeError
 from svdmerge.kind.cli import kind_app
+from svdmerge.logs import Format, configure
 from svdmerge.terminal import INTERRUPTED, Address, Json, Verbose, guard, progress, show
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="svdmerge",
-    help="Merge many fine-tuned models of one base by their singular components.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -31,7 +31,24 @@ app.add_typer(adapter_app, name="adapter")
 app.add_typer(kind_app, name="kind")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Of the output's weights files, as 5GB; the recipe's if none.")
+]
 StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="A folder or fsspec URI.")]
+
+
+@app.callback()
+def shared(
+    log_format: Annotated[
+        Format,
+        typer.Option(
+            envvar="SVDMERGE_LOG_FORMAT",
+            help="Of standard error: text, or a JSON object a line in place of progress bars.",
+        ),
+    ] = "text",
+) -> None:
+    """Merge many fine-tuned models of one base by their singular components."""
+    configure(log_format)
 
 
 @app.command()
@@ -60,7 +77,14 @@ def demo(
 
 
 @app.command()
-def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) -> None:
+def plan(
+    recipe: RecipePath,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read some weights: are sources of this base?")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """Show what happens to every tensor, and the costs, from headers alone."""
 
     def work() -> None:
@@ -68,24 +92,47 @@ def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) ->
         from svdmerge.engine.plan import make_plan
         from svdmerge.recipe import load_recipe
 
-        found = estimate(make_plan(load_recipe(recipe)))
+        made = make_plan(load_recipe(recipe))
+        found = estimate(made)
 
         def tables() -> list[Any]:
             from svdmerge.tables import plan_tables
 
             return plan_tables(found)
 
-        show(as_json, found.to_json, tables)
+        if not deep:
+            return show(as_json, found.to_json, tables)
+        from svdmerge.engine.kinship import deep_plan, judge
+        from svdmerge.tables import deep_tables
+
+        looked = deep_plan(made)
+        show(
+            as_json,
+            lambda: found.to_json() | {"deep": looked.to_json()},
+            lambda: [*tables(), *deep_tables(looked)],
+        )
+        judge(made, looked.kinships)
+        return None
 
     guard(work, verbose=verbose)
 
 
 @app.command()
 def run(
-    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+    recipe: RecipePath,
+    max_shard_size: MaxShardSize = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Decompose, select, assemble, and tune if the recipe asks. Resumes by itself."""
-    _staged(recipe, lambda run: run.all(), address, as_json, verbose)
+
+    def all_of(run: "Run") -> "RunReport":
+        from svdmerge.reporting import reported
+
+        return reported(run)
+
+    _staged(recipe, all_of, address, as_json, verbose, max_shard_size)
 
 
 @app.command()
@@ -106,10 +153,16 @@ def select(
 
 @app.command()
 def assemble(
-    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+    recipe: RecipePath,
+    max_shard_size: MaxShardSize = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Merge what is selected and write the model."""
-    _staged(recipe, lambda run: run.attempt(run.assemble), address, as_json, verbose)
+    _staged(
+        recipe, lambda run: run.attempt(run.assemble), address, as_json, verbose, max_shard_size
+    )
 
 
 @app.command()
@@ -259,7 +312,7 @@ def verify(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Reload an output and prove what its manifest claims."""
+    """Reload an output, or an exported adapter, and prove what it claims."""
 
     def work() -> None:
         from svdmerge.tables import verify_table
@@ -267,7 +320,7 @@ def verify(
 
         checks = checks_of(out)
         show(as_json, lambda: [c.to_json() for c in checks], lambda: [verify_table(checks)])
-        if not all(c.held for c in checks):
+        if any(c.held is False for c in checks):
             raise typer.Exit(1)
 
     guard(work, verbose=verbose)
@@ -295,6 +348,35 @@ def push(
     guard(work, verbose=verbose)
 
 
+@app.command()
+def report(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The output folder of a run.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write report.html into an output: what was merged, kept and lost, on one page."""
+
+    def work() -> None:
+        from svdmerge.reporting import write_report
+
+        place = write_report(out)
+        show(as_json, lambda: {"report": place}, lambda: [f"done: {place}"])
+
+    guard(work, verbose=verbose)
+
+
+@app.command()
+def schema(as_json: Json = False, verbose: Verbose = False) -> None:
+    """Print the recipe's JSON Schema, for editors."""
+
+    def work() -> None:
+        from svdmerge.recipe_schema import recipe_schema
+
+        show(True, recipe_schema, list)
+
+    guard(work, verbose=verbose)
+
+
 @app.command("import-mergekit")
 def import_mergekit(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A mergekit recipe.")],
@@ -318,7 +400,9 @@ def import_mergekit(
 
 @adapter_app.command("export")
 def adapter_export(
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A folder that tuning wrote.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder that tuning wrote, or a merge.")
+    ],
     to: Annotated[str, typer.Option(help="An empty folder or URI to write.")],
     form: Annotated[
         Literal["model", "peft", "peft-on-merged"],
@@ -326,20 +410,31 @@ def adapter_export(
             "--format", help="The full model, or a PEFT LoRA on the base or the merged model."
         ),
     ] = "model",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of LoRA layers, at most; by default the full one.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="As `tune.model`: the class that it is for.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it moved.")] = None,
     merged: Annotated[str | None, typer.Option(help="The merged model, if it moved.")] = None,
     factors: Annotated[str | None, typer.Option(help="The merged factors, if moved.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a tuned adapter as a full model, or as an adapter for PEFT."""
+    """Write a tuned adapter as a full model, or that or a merge as an adapter for PEFT."""
 
     def work() -> None:
+        from dataclasses import asdict
+
+        from svdmerge.storage.filesystem import Folder
         from svdmerge.training.export import export_adapter
 
         places = {"base": base, "merged": merged, "factors": factors}
-        out = export_adapter(tuned, to, form=form, places=places).uri
-        show(as_json, lambda: {"out": out, "format": form}, lambda: [f"done: {out}"])
+        found = export_adapter(folder, to, form=form, rank=rank, model=model, places=places)
+        out = Folder.at(to).uri
+        told = {"out": out, "format": form} | ({} if found is None else asdict(found))
+        show(as_json, lambda: told, lambda: [*([found.told] if found else []), f"done: {out}"])
 
     guard(work, verbose=verbose)
 
@@ -399,7 +494,12 @@ def main() -> None:
 
 
 def _staged(
-    recipe: Path, stage: "Callable[[Run], RunReport]", address: str, as_json: bool, verbose: bool
+    recipe: Path,
+    stage: "Callable[[Run], RunReport]",
+    address: str,
+    as_json: bool,
+    verbose: bool,
+    max_shard_size: str | None = None,
 ) -> None:
     """Run one stage, or all, of a recipe."""
 
@@ -409,7 +509,8 @@ def _staged(
         from svdmerge.tables import run_tables
         from svdmerge.workflow import Run, prepare
 
-        loaded = load_recipe(recipe)
+        given = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        loaded = load_recipe(recipe, **given)
         prepare(loaded, address=address)  # its faults are told before Ray starts
         with open_runtime(address) as runtime:
             report = stage(Run(loaded, runtime=runtime, progress=progress()))

@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -18,7 +20,9 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -56,6 +60,11 @@ def parse_bytes(value: object) -> int:
     return size
 
 
+def parse_shard_size(value: object) -> int | str:
+    """`5GB` -> 5000000000, `base` as it is."""
+    return "base" if value == "base" else parse_bytes(value)
+
+
 def parse_density(value: object) -> float:
     """`20%` -> 0.2, `0.2` -> 0.2, `1` -> 1.0: a share, of entries."""
     share = parse_share(value)
@@ -64,14 +73,48 @@ def parse_density(value: object) -> float:
     return float(share)
 
 
-Share = Annotated[int | float, BeforeValidator(parse_share)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRows:
+    """Rows first..stop-1 of a tensor, all from `first` on where `stop` is None."""
+
+    tensor: str
+    first: int = 0
+    stop: int | None = None
+
+
+def parse_rows(text: str) -> TensorRows:
+    """`a.weight[0:768]` -> those rows of a.weight; `a.weight` -> all of them."""
+    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", text)
+    if not found:
+        return TensorRows(tensor=text)
+    name, first, stop = found.groups()
+    return TensorRows(tensor=name, first=int(first or 0), stop=int(stop) if stop else None)
+
+
+# What may be written, for the schema that editors read.
+_Percent = Annotated[str, Field(pattern=r"^\s*[-+0-9.eE]+\s*%?\s*$")]
+_Size = Annotated[str, Field(pattern=r"^\s*[0-9.]+\s*([KMGT]i?)?B?\s*$")]
+Density = Annotated[float, BeforeValidator(parse_density, json_schema_input_type=float | _Percent)]
+Share = Annotated[
+    int | float, BeforeValidator(parse_share, json_schema_input_type=int | float | _Percent)
+]
+Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=PositiveInt | _Size)]
+ShardSize = Annotated[
+    int | Literal["base"],
+    BeforeValidator(parse_shard_size, json_schema_input_type=PositiveInt | _Size | Literal["base"]),
+]
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class HubQuery(Section):
@@ -89,14 +132,31 @@ class SourceModel(Section):
     """A source: where it lies and how much it counts. Or many, by a pattern or a query."""
 
     model: str = ""
-    """A reference, or a pattern (`*`, `?`, `[...]`) of paths or URIs: the folders and safetensors
-    files that match now."""
+    """A folder, an fsspec URI or a hub id; [@revision]; [+adapter[@revision]]. Or a pattern (`*`,
+    `?`, `[...]`) of paths or URIs: the folders and safetensors files that match now."""
     hub: HubQuery | None = None
     """In place of `model`: what the hub lists now."""
     weight: PositiveFloat = 1.0
     """Scales this source's singular values and its share of the averages alike."""
-    quota: Annotated[float, BeforeValidator(parse_density)] = 1.0
+    quota: Density = 1.0
     """Share of each matrix's slots that it may take: floor(quota * budget + 1e-9), at least 1."""
+    admit: bool = False
+    """Merge it even if it lies so far from the base that it seems to come from another one."""
+
+    tensors: dict[str, Annotated[tuple[str, ...], BeforeValidator(_listed)]] = {}
+    """Of the base's tensors, where the source cuts or names them otherwise, what to put together
+    of the source's, one below the other: names, or rows of them as `name[0:768]`. A star stands
+    for the same on both sides."""
+
+    @model_validator(mode="after")
+    def _stars_agree(self) -> "SourceModel":
+        for name, given in self.tensors.items():
+            for text in given:
+                if text.count("*") != name.count("*"):
+                    raise ValueError(f"tensors: {name}: got {text!r}; expected as many stars")
+            if not given:
+                raise ValueError(f"tensors: {name}: got nothing; expected tensors of the source")
+        return self
 
     @model_validator(mode="after")
     def _names_something(self) -> "SourceModel":
@@ -107,6 +167,11 @@ class SourceModel(Section):
 
 def _source(value: object) -> object:
     return {"model": value} if isinstance(value, str) else value
+
+
+_SourceOrName = Annotated[
+    SourceModel, BeforeValidator(_source, json_schema_input_type=str | SourceModel)
+]
 
 
 class Parameters(Section):
@@ -123,26 +188,47 @@ class Parameters(Section):
     scale: PositiveFloat | Literal["auto"] = 1.0
     """Strength of the whole merged difference: lambda of task arithmetic, alpha of Iso-C;
     `auto`: what the target's examples ask for."""
-    density: Annotated[float, BeforeValidator(parse_density)] | None = None
+    density: Density | None = None
     """Share of entries that ties, knots, core_space and dare keep; the method's own by default."""
     svd: Literal["adaptive", "exact"] = "adaptive"
     """Solver: a full SVD, or a randomized one of just the needed depth."""
 
 
 class PolicyRule(Section):
-    """What happens to the tensors whose name matches a glob."""
+    """What happens to the tensors whose name matches a glob; the first rule that says it counts."""
 
     match: str
-    policy: Literal["base", "average", "decompose", "error"]
+    """A glob of tensor names."""
+    policy: Literal["base", "average", "decompose", "error"] | None = None
+    """What the merge makes of it: keep the base's, average, decompose, or refuse."""
+    missing: Literal["error", "base"] | None = None
+    """Where a full source lacks it; `base`: it has no difference there. By default an error."""
+    mismatch: Literal["error", "base", "tokens"] | None = None
+    """Where a source has it in another shape; `tokens`: rows, along the first axis, are those of
+    tokens and matched by them, whatever their numbers. By default an error."""
+    extra: Literal["ignore", "error"] | None = None
+    """Where only a source has it. By default it is left out."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "PolicyRule":
+        if not (self.policy or self.missing or self.mismatch or self.extra):
+            raise ValueError("expected `policy`, `missing`, `mismatch` or `extra`")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_it_says(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class Resources(Section):
-    """What one task may use."""
+    """Threads, device and memory of one task."""
 
     threads: PositiveInt = 1
+    """Of one task. Numbers depend on it in their last bits."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where differences are decomposed: `cuda` takes a GPU of each worker that does."""
     memory: Bytes = 2 << 30
+    """Of one task, as 2GiB: what needs more is refused before anything starts."""
     max_matrix: Bytes = 128 << 20
     """Of a difference in float64 that one task may hold: larger matrices are decomposed in blocks
     of rows by several. The default, 4096 x 4096, fits the default memory with its full SVD."""
@@ -151,7 +237,7 @@ class Resources(Section):
 class Target(BaseModel):
     """One of many targets: its name, and the keys of `tune` that differ for it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
     """Of its folder too."""
@@ -168,6 +254,7 @@ def _unique(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return targets
 
 
+_TargetOrName = Annotated[Target, BeforeValidator(_target, json_schema_input_type=str | Target)]
 _UNIQUE = AfterValidator(_unique)
 
 
@@ -191,6 +278,11 @@ class TuneConfig(Section):
     images (in the order of their names)."""
     test: str = ""
     """Examples that the result is measured on; never trained or selected on."""
+    dataset: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """The hub's dataset that `test` is of, as org/name: the result is written to `.eval_results`
+    for it. By default that of an hf://datasets URI."""
+    dataset_task: str = "default"
+    """Which of that dataset's tasks."""
     input: str = "text"
     """Column of the inputs. Of images: encoded bytes, {bytes, path}, or paths beside the file."""
     label: str = "label"
@@ -208,6 +300,7 @@ class TuneConfig(Section):
     null_space: bool = False
     """Train more values than there are merged components, on seeded null-space directions."""
     epochs: PositiveInt = 10
+    """Passes over the training examples, at most."""
     batch_size: PositiveInt = 32
     """Examples per step, over all workers."""
     accumulate: PositiveInt = 1
@@ -229,6 +322,7 @@ class TuneConfig(Section):
     nodes. Each process still reads the whole model into its own memory once, and the driver
     measures features on its CPU."""
     use_gpu: bool = False
+    """Train on a GPU of each worker."""
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints, at least."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
@@ -240,7 +334,7 @@ class TuneConfig(Section):
     )
     """What is written beside head and `tune.json`: the adapter (changes of singular values), the
     full model, a PEFT LoRA adapter. Default: adapter and model; of many targets, adapters alone."""
-    targets: Annotated[tuple[Annotated[Target, BeforeValidator(_target)], ...], _UNIQUE] = ()
+    targets: Annotated[tuple[_TargetOrName, ...], _UNIQUE] = ()
     """Many targets that share this section: names, or mappings of a name and what differs.
 
     `{name}` in `train`, `test` and `out` becomes the target's name.
@@ -342,20 +436,31 @@ class Recipe(Section):
         "axis", "average", "task_arithmetic", "ties", "dare", "tsv_m", "iso_c", "svc",
         "knots", "core_space",
     ] = "axis"  # fmt: skip
+    """How the sources' differences to the base become one."""
     base_model: str = Field(min_length=1)
-    models: Annotated[
-        tuple[Annotated[SourceModel, BeforeValidator(_source)], ...], Field(min_length=1)
-    ]
+    """What all sources were fine-tuned from: a folder, an fsspec URI or a hub id; [@revision]."""
+    models: Annotated[tuple[_SourceOrName, ...], Field(min_length=1)]
+    """The sources: names, or mappings of a name, its weight and its quota."""
     parameters: Parameters = Parameters()
+    """How components are chosen and combined; those that the method uses."""
     policies: tuple[PolicyRule, ...] = ()
+    """What happens to tensors by name; the first rule that matches wins, before the defaults."""
     store: str = "./svdmerge-store"
+    """A folder or fsspec URI of components, selections and run reports."""
     out: str = "./merged"
+    """A folder or fsspec URI of the merged model."""
     out_dtype: Literal["base", "float32", "float16", "bfloat16"] = "base"
-    max_shard_size: Bytes = 5 * 10**9
+    """Of the merged model's floating-point tensors."""
+    max_shard_size: ShardSize = "base"
+    """Of the output's weights files; `base`: as the base's tensors lie together in files."""
     resources: Resources = Resources()
+    """What one task may use."""
     tune: TuneConfig | None = None
+    """Adapt to a target by training singular values."""
     gate: GateConfig | None = None
+    """What a release must not be worse in."""
     tick: TickConfig = TickConfig()
+    """How `svdmerge tick` releases."""
 
     @model_validator(mode="before")
     @classmethod
@@ -437,11 +542,19 @@ class Recipe(Section):
     @property
     def rules(self) -> tuple[Policy, ...]:
         """The policies as the core takes them."""
-        return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies)
+        return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies if p.policy)
+
+    def ruling(self, what: Literal["missing", "mismatch", "extra"], name: str) -> str | None:
+        """What the first policy that says so has a tensor be where it is missing, and so on."""
+        rules = (p for p in self.policies if getattr(p, what) and fnmatchcase(name, p.match))
+        return next((str(getattr(p, what)) for p in rules), None)
 
     def numeric_digest(self) -> str:
-        """sha256 of what the numbers depend on besides the models: not `out`, `store`, or order."""
-        skip = {"out", "store", "tune", "gate", "tick", "models", "base_model", "resources"}
+        """sha256 of what the numbers depend on besides the models: not order, places, or layout."""
+        skip = {
+            "out", "store", "max_shard_size", "tune", "gate", "tick", "models", "base_model",
+            "resources",
+        }  # fmt: skip
         fields = self.model_dump(mode="json", exclude=skip)
         fields |= {"threads": self.resources.threads, "max_matrix": self.resources.max_matrix}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -459,14 +572,14 @@ class Recipe(Section):
         return yaml.safe_dump(self.dump(), sort_keys=False)
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
+def load_recipe(path: str | Path, **given: str) -> Recipe:
+    """The recipe in a YAML file; what is given stands for its own.
 
     Raises:
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong; every fault
             is named, unknown keys with the nearest known one.
     """
-    return parse_recipe(load_mapping(path), origin=str(path))
+    return parse_recipe(load_mapping(path) | given, origin=str(path))
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The workflow: engine, training and report joined into the commands' work."""
 
 import contextlib
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from svdmerge import __version__
-from svdmerge.engine import assemble, select
+from svdmerge.core.methods.registry import METHODS
+from svdmerge.engine import assemble, kinship, select
 from svdmerge.engine.decompose import decompose, pending
-from svdmerge.engine.estimate import estimate
+from svdmerge.engine.estimate import estimate, unlike
 from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
+from svdmerge.engine.tally import FLOPS, MATRICES, RETRIES, STEP_SECONDS, UNIT_SECONDS
 from svdmerge.engine.tasks import Receipt
 from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeError
 from svdmerge.places import check_places
@@ -28,8 +31,9 @@ from svdmerge.report.card import CardSource, licence_in, model_card
 from svdmerge.report.run_report import RunReport, StageProgress, StageReport
 from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, copy_side_files
+from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, put_file, put_index
 from svdmerge.storage.output import (
+    UNFINISHED,
     Manifest,
     check_ours,
     damaged_files,
@@ -39,11 +43,16 @@ from svdmerge.storage.output import (
     staging,
     written_files,
 )
+from svdmerge.storage.side_files import copy_side_files
 
 if TYPE_CHECKING:
     from svdmerge.targeting import Ranking, Targeting
 
+logger = logging.getLogger(__name__)
+
 DONE = "DONE"
+# What models state, by their names.
+Licences = Mapping[str, str | None]
 # Of a model's card: front matter comes first.
 MAX_CARD_BYTES = 1 << 20
 # Seconds between reports of a run that goes on: who looks needs no more, and stores charge by the
@@ -69,9 +78,10 @@ class Run:
         self._reported_at = 0.0
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         self.report = RunReport(
-            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
-        )
-        self.report.warnings += notices(self.plan)
+            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri,
+            unlike=dict[str, dict[str, Any]](unlike(self.plan)),
+        )  # fmt: skip
+        self.report.warnings += [*notices(self.plan), *_unguarded(self.plan.store)]
 
     def all(self) -> RunReport:
         """Every stage that is left to do; the report."""
@@ -86,13 +96,21 @@ class Run:
             self.report.progress = None
         except BaseException as error:
             self.report.status = f"failed: {type(error).__name__}"
+            self._log_status()
             with contextlib.suppress(SvdmergeError):  # the first error is the one to tell
                 self._save_report()
             raise
+        self._log_status()
         self._save_report()
         return self.report
 
-    def decompose(self, *, whole: bool = False) -> None:
+    def _log_status(self) -> None:
+        told = {"plan_hash": self.plan.hash, "attempt": self._attempt, "out": self.out.uri}
+        logger.info("run: %s", self.report.status, extra=told | {"status": self.report.status})
+
+    def decompose(
+        self, *, whole: bool = False, judge: Callable[[Inventory], None] = lambda _: None
+    ) -> None:
         """Store the components that the selection needs and are not stored yet; `whole`: all that
         each source could give by itself."""
         self.plan.run_folder.put("plan.json", _plan_json(self.plan))
@@ -103,6 +121,7 @@ class Run:
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
+                judge=judge,
             ),
         )
 
@@ -153,7 +172,12 @@ class Run:
         return Targeting(self.plan, config, runtime=self._runtime, progress=self._progress)
 
     def select(self) -> pa.Table:
-        """The selection. Raises: StoreError, if a source is not decomposed."""
+        """The selection.
+
+        Raises:
+            StoreError: a source is not decomposed.
+            MismatchError: a source seems to come from another base.
+        """
         inventory = self._inventory()
         if missing := next(pending(self.plan, inventory), None):
             raise StoreError(
@@ -161,6 +185,7 @@ class Run:
                 f"First missing: {missing.name}.",
                 "Run `svdmerge decompose` first.",
             )
+        self._judge(inventory)
         self.adapt()
         table: list[pa.Table] = []
 
@@ -239,35 +264,54 @@ class Run:
             self.report.status = "unchanged"
             self.adapt()  # what was chosen then holds, and is told again
         else:
-            self.decompose()
+            # After the first round, before what may be wrong is decomposed any deeper.
+            self.decompose(judge=self._judge)
             self.assemble(self.select())
         if self.plan.recipe.tune is not None:
             self.tune()
+
+    def _judge(self, inventory: Inventory) -> None:
+        """Refuse sources that seem to come from another base; once is enough."""
+        if not self.report.kinship:
+            self.report.kinship = dict(
+                kinship.stored_kinships(
+                    self.plan, inventory, runtime=self._runtime, progress=self._progress
+                )
+            )
+            self.report.warnings += kinship.judge(self.plan, self.report.kinship)
 
     def _inventory(self) -> Inventory:
         return take_inventory(self.plan, runtime=self._runtime, progress=self._progress)
 
     def _is_done(self) -> bool:
         """Whether the output is that of this plan, and whole."""
-        if self.plan.run_folder.stat(DONE) is None:
+        if self.plan.run_folder.stat(DONE) is None or self.out.stat(UNFINISHED) is not None:
             return False
         manifest = read_manifest(self.out)
         if manifest is None or manifest.plan_hash != self.plan.hash:
             return False
-        return not damaged_files(self.out, manifest)
+        return assemble.has_layout(self.plan, manifest.files) and not damaged_files(
+            self.out, manifest
+        )
 
     def _timed(self, name: str, work: Callable[[], Sequence[Receipt]]) -> None:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._runtime.tally.counts()
         receipts = work()
+        counted = self._runtime.tally.counts().since(before)
         self.report.stages.append(
             StageReport(
                 name=name,
                 num_units=len(receipts),
                 seconds=time.perf_counter() - start,
                 num_matrices=sum(r.num_matrices for r in receipts),
+                num_reused=int(counted.by("state", MATRICES).get("reused", 0)),
                 bytes_read=sum(r.bytes_read for r in receipts),
                 bytes_stored=sum(r.bytes_stored for r in receipts),
                 peak_worker_rss_bytes=max((r.peak_rss_bytes for r in receipts), default=0),
+                flops=counted.total(FLOPS),
+                unit_seconds=counted.total(UNIT_SECONDS),
+                step_seconds=counted.by("step", STEP_SECONDS),
+                retries={cause: int(num) for cause, num in counted.by("cause", RETRIES).items()},
             )
         )
 
@@ -278,9 +322,13 @@ class Run:
                 plan, staged, runtime=self._runtime, progress=self._progress
             )
             found = pq_bytes(select.provenance(self._merged, selection))
-            written += _side_files(plan, staged, provenance=found, report=self.report)
+            licences = _licences(plan)
+            written += _side_files(
+                plan, staged, provenance=found, licences=licences, report=self.report
+            )
             copy_side_files(plan.base, staged)
-            publish(staged, self.out, manifest=_manifest(plan, staged, written))
+            written += put_index(staged, assemble.output_files(plan))
+            publish(staged, self.out, manifest=_manifest(plan, staged, written, licences))
         finally:
             release(staged)
         return []
@@ -370,6 +418,16 @@ def prepare(recipe: Recipe, *, address: str) -> Plan:
     return plan
 
 
+def _unguarded(store: Folder) -> list[str]:
+    """What is told of a store where two runs at once would not notice each other."""
+    if store.enforces_put_once():
+        return []
+    return [
+        f"{store.uri}: does not enforce put-once (If-None-Match), so the last of two writers wins: "
+        "run one command at a time on it"
+    ]
+
+
 def _check_shared(plan: Plan, out: Folder, *, address: str) -> None:
     """Other processes do not see this one's memory filesystem."""
     folders = [plan.store, out, plan.base.folder, *(s.checkpoint.folder for s in plan.sources)]
@@ -399,32 +457,39 @@ def pq_bytes(table: pa.Table) -> bytes:
 
 
 def _side_files(
-    plan: Plan, out: Folder, *, provenance: bytes, report: RunReport
+    plan: Plan, out: Folder, *, provenance: bytes, licences: Licences, report: RunReport
 ) -> list[WrittenFile]:
     """Card, resolved recipe and provenance."""
     recipe_yaml = plan.recipe.dump_yaml()
     card = model_card(
         title=out_name(plan),
         base=plan.base.reference,
-        base_licence=_licence(plan.base.folder),
+        base_licence=licences[plan.base.reference],
         sources=[
             CardSource(
                 name=s.reference,
                 revision=s.revision,
                 weight=s.weight,
                 kept=report.kept.get(s.reference, 0),
-                licence=_licence(s.checkpoint.folder),
+                licence=licences[s.reference],
             )
             for s in sorted(plan.sources, key=lambda s: s.reference)
         ],
         recipe_yaml=recipe_yaml,
-        summary=_summary(plan) + _chosen(report),
+        summary=summary_of(plan.recipe, num_sources=len(plan.sources)) + _chosen(report),
     )
     return [
-        assemble.put_file(out, PROVENANCE, provenance),
-        assemble.put_file(out, RECIPE, recipe_yaml.encode()),
-        assemble.put_file(out, "README.md", card.encode()),
+        put_file(out, PROVENANCE, provenance),
+        put_file(out, RECIPE, recipe_yaml.encode()),
+        put_file(out, "README.md", card.encode()),
     ]
+
+
+def _licences(plan: Plan) -> Licences:
+    """What each model states, by its name."""
+    folders = {s.reference: s.checkpoint.folder for s in plan.sources}
+    folders[plan.base.reference] = plan.base.folder
+    return {name: _licence(folder) for name, folder in folders.items()}
 
 
 def _licence(folder: Folder) -> str | None:
@@ -446,27 +511,35 @@ def out_name(plan: Plan) -> str:
     return Folder.at(plan.recipe.out).name
 
 
-def _summary(plan: Plan) -> str:
-    p = plan.recipe.parameters
+def summary_of(recipe: Recipe, *, num_sources: int) -> str:
+    """What the merge is, in a sentence."""
+    p = recipe.parameters
     share = f"{p.k:.4g} of each matrix's rank" if isinstance(p.k, float) else f"{p.k} per matrix"
-    share += ", spent over all matrices" * plan.is_global
-    return plan.method.summary.format(
-        n=len(plan.sources), k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
+    share += ", spent over all matrices" * (p.scope == "global")
+    return METHODS[recipe.merge_method].summary.format(
+        n=num_sources, k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
     )
 
 
-def _manifest(plan: Plan, staged: Folder, written: Sequence[WrittenFile]) -> Manifest:
+def _manifest(
+    plan: Plan, staged: Folder, written: Sequence[WrittenFile], licences: Licences
+) -> Manifest:
     return Manifest(
         plan_hash=plan.hash,
         svdmerge_version=__version__,
         base=plan.base.reference,
         base_revision=plan.base.revision,
+        base_licence=licences[plan.base.reference],
         sources=tuple(
-            {"model": s.reference, "revision": s.revision, "weight": s.weight} for s in plan.sources
+            {
+                "model": s.reference, "revision": s.revision, "weight": s.weight,
+                "licence": licences[s.reference],
+            }
+            for s in plan.sources
         ),
         actions={name: str(action) for name, action in plan.actions.items()},
         files=written_files(staged, known=written),
-    )
+    )  # fmt: skip
 
 
 def _plan_json(plan: Plan) -> bytes:

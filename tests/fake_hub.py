@@ -28,6 +28,8 @@ class Hub:
     token: str = "hf_secret_of_the_test"
     repos: dict[str, list[tuple[str, Files]]] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
+    buckets: dict[str, Files] = field(default_factory=dict[str, Files])
+    """Files of buckets, which have no commits."""
     lfs: Files = field(default_factory=dict)
     asked: Counter[str] = field(default_factory=Counter)
     bytes_sent: Counter[str] = field(default_factory=Counter)
@@ -212,6 +214,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         data = commit[1][path]
         headers = {"X_Repo_Commit": commit[0], "ETag": f'"{entry(path, data)["oid"]}"'}
+        self.send(path, data, **headers)
+
+    def send(self, path: str, data: bytes, **headers: str) -> None:
+        """A file, or the range of it that was asked for."""
         headers |= {"Accept_Ranges": "bytes", "X_Linked_Size": str(len(data))}
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         part = data
@@ -222,6 +228,39 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.hub.bytes_sent[path] += len(part)
         self.answer(part, status=206 if span else 200, **headers)
+
+    # --- buckets ---
+
+    def bucket(self, body: bytes, repo: str) -> None:
+        if repo not in self.hub.buckets:
+            self.fail(404, "RepoNotFound")
+            return
+        files = self.hub.buckets[repo]
+        self.answer(
+            {"id": repo, "private": False, "createdAt": "2026-01-01T00:00:00.000Z",
+             "size": sum(map(len, files.values())), "totalFiles": len(files)}
+        )  # fmt: skip
+
+    def bucket_tree(self, body: bytes, repo: str, prefix: str | None = None) -> None:
+        below = {n: d for n, d in self.hub.buckets[repo].items() if n.startswith(prefix or "")}
+        listed = [
+            {"type": "file", "path": n, "size": len(d), "xetHash": hashlib.sha256(d).hexdigest(),
+             "mtime": "2026-01-01T00:00:00.000Z"}
+            for n, d in below.items()
+        ]  # fmt: skip
+        if "recursive=true" not in self.path.lower():
+            start = f"{prefix}/" if prefix else ""
+            inside = [n for n in below if "/" in n.removeprefix(start)]
+            folders = {start + n.removeprefix(start).split("/")[0] for n in inside}
+            listed = [x for x in listed if x["path"] not in inside]
+            listed += [{"type": "directory", "path": f} for f in sorted(folders)]
+        self.answer(listed)
+
+    def bucket_file(self, body: bytes, repo: str, path: str) -> None:
+        if path not in self.hub.buckets.get(repo, {}):
+            self.fail(404, "EntryNotFound")
+            return
+        self.send(path, self.hub.buckets[repo][path])
 
     # --- writing ---
 
@@ -313,6 +352,9 @@ ROUTES = [
         ("paths", "POST", rf"/api/models/{_REPO}/paths-info/{_AT}"),
         ("tree", "GET", rf"/api/models/{_REPO}/tree/{_AT}(?P<path>/.*)?"),
         ("info", "GET", rf"/api/models/{_REPO}(/revision/{_AT})?"),
+        ("bucket", "GET", rf"/api/buckets/{_REPO}"),
+        ("bucket_tree", "GET", rf"/api/buckets/{_REPO}/tree(/(?P<prefix>.*))?"),
+        ("bucket_file", "GET", rf"/buckets/{_REPO}/resolve/(?P<path>.+)"),
         ("batch", "POST", rf"/{_REPO}\.git/info/lfs/objects/batch"),
         ("upload", "PUT", r"/lfs/(?P<oid>\w+)"),
         ("resolve", "GET", rf"/{_REPO}/resolve/{_AT}/(?P<path>.+)"),

@@ -19,11 +19,11 @@ from svdmerge.cli import app
 
 FLAGS = {
     "demo": ["--address", "--json", "--out", "--verbose", "-v"],
-    "plan": ["--json", "--verbose", "-v", "RECIPE"],
-    "run": ["--address", "--json", "--verbose", "-v", "RECIPE"],
+    "plan": ["--deep", "--json", "--verbose", "-v", "RECIPE"],
+    "run": ["--address", "--json", "--max-shard-size", "--verbose", "-v", "RECIPE"],
     "decompose": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "select": ["--address", "--json", "--verbose", "-v", "RECIPE"],
-    "assemble": ["--address", "--json", "--verbose", "-v", "RECIPE"],
+    "assemble": ["--address", "--json", "--max-shard-size", "--verbose", "-v", "RECIPE"],
     "tune": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "tick": ["--address", "--json", "--verbose", "--watch", "-v", "RECIPE"],
     "rollback": ["--json", "--verbose", "-v", "N", "RECIPE"],
@@ -35,10 +35,12 @@ FLAGS = {
         "--format",
         "--json",
         "--merged",
+        "--model",
+        "--rank",
         "--to",
         "--verbose",
         "-v",
-        "TUNED",
+        "FOLDER",
     ],
     "whatif": [
         "--json",
@@ -62,6 +64,8 @@ FLAGS = {
         "OUT",
         "REPO",
     ],
+    "report": ["--json", "--verbose", "-v", "OUT"],
+    "schema": ["--json", "--verbose", "-v"],
     "import-mergekit": ["--base", "--json", "--verbose", "-v", "FILE"],
     "store ls": ["--json", "--verbose", "-v", "STORE"],
     "store verify": ["--json", "--verbose", "-v", "STORE"],
@@ -424,4 +428,5 @@ def test_tensors_a_run_leaves_out_are_told(bench: Bench) -> None:
     told = result("run", bench.write_recipe(), "--address", "none")
     assert "classifier.weight" in told["warnings"][0]
     planned = result("plan", bench.write_recipe())
-    assert planned["ignored"] == {str(bench.sources[0]): ["classifier.weight"]}
+    told = {"kind": "extra", "told": "the base lacks it: left out"}
+    assert planned["unlike"] == {str(bench.sources[0]): {"classifier.weight": told}}

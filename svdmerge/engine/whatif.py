@@ -61,7 +61,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _OfMatrix:
+class OfMatrix:
     """What is kept and left out of one matrix."""
 
     kept: dict[str, int]
@@ -174,21 +174,22 @@ def _outcome(plan: Plan, inventory: Inventory) -> Outcome:
     )
 
 
-def _of_matrices(plan: Plan, inventory: Inventory, cut: Cut) -> Iterator[_OfMatrix]:
+def _of_matrices(plan: Plan, inventory: Inventory, cut: Cut) -> Iterator[OfMatrix]:
     for unit in select_units(plan, inventory, cut):
         for b, listed in matrices(unit):
             if b.parameter.action is Action.DECOMPOSE:
-                yield _of_matrix(plan, b, listed, floor=cut.floor)
+                yield of_matrix(plan, b, listed, floor=cut.floor)
 
 
-def _of_matrix(plan: Plan, b: Budget, listed: Sequence[Listed], *, floor: float) -> _OfMatrix:
+def of_matrix(plan: Plan, b: Budget, listed: Sequence[Listed], *, floor: float) -> OfMatrix:
+    """What is kept and left out of a matrix; `floor` is the common cut, where matrices compete."""
     p, takes, salience = b.parameter, plan.method.takes, plan.salience
     rows = select_components(listed, takes=takes, salience=salience, k=b.k)
     kept = rows.kept(len(listed))
     rests = [_left_out(x, n) for x, n in zip(listed, kept, strict=True)]
     # What one source gives first depends on no other, if sources do not compete.
     cut = cut_of(rows, cap=b.most, floor=floor) if takes is Takes.POOLED else 0.0
-    return _OfMatrix(
+    return OfMatrix(
         kept={x.source: n for x, n in zip(listed, kept, strict=True)},
         energy=float((rows.s.astype(np.float64) ** 2).sum()),
         total=sum(x.spectra[0].fro ** 2 for x in listed),

@@ -9,6 +9,9 @@ import yaml
 
 from svdmerge.report.licence import UNKNOWN, combined
 
+# Where parts of a card begin. No name can look so, for names have no line of their own.
+_FIGURES, _RECIPE = "\n## Figures\n\n", "\n## Recipe\n"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardSource:
@@ -56,12 +59,20 @@ def model_card(
 
 Base: {escape(base)} ({escape(base_licence or UNKNOWN)}). Licence: {escape(licence)}, {escape(why)}.
 Each kept component's source is in `provenance/components.parquet`.
-
-## Recipe
-
+{_RECIPE}
 ```yaml
 {recipe_yaml.replace("```", "'''")}```
 """
+
+
+def illustrated(card: str, *, pictures: Mapping[str, str]) -> str:
+    """The card with pictures (what they show, by path) before its recipe; those it had go."""
+    head, line, recipe = card.partition(_RECIPE)
+    head = head.partition(_FIGURES)[0]
+    shown = "\n\n".join(
+        f"![{escape(told)}]({path})\n\n{escape(told)}" for path, told in pictures.items()
+    )
+    return f"{head}{_FIGURES}{shown}\n{line}{recipe}" if pictures else f"{head}{line}{recipe}"
 
 
 def _licence_fields(licence: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 
 # Of every record and schema in the store. It is part of all keys: another version starts afresh.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Components per batch: the unit of depth and of reading. Winners of a source are few (about 5 of
 # 384 on real deltas), so a block is small, yet wide enough for level-3 BLAS in iterative solvers.

@@ -13,7 +13,7 @@ from svdmerge.errors import CheckpointError, RetryableError
 
 # `org/name`, as the hub allows them, and a branch, tag or commit.
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(@[^@\s]+)?")
-_HUB = "hf://"
+_HUB, _BUCKETS = "hf://", "hf://buckets/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ def pinned(place: str) -> str:
         CheckpointError: the hub has no such model or revision, or does not show it.
         RetryableError: the hub does not answer.
     """
-    if not place.startswith(_HUB):
+    if not place.startswith(_HUB) or place.startswith(_BUCKETS):  # buckets have no commits
         return place
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError

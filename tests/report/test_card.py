@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdmerge.report.card import CardSource, escape, licence_in, model_card
+from svdmerge.report.card import CardSource, escape, illustrated, licence_in, model_card
 
 
 def source(name: str, **changes: object) -> CardSource:
@@ -86,3 +86,13 @@ def test_escaped_text_has_no_bare_markup(text: str) -> None:
     plain = made.replace("\\\\", "")
     for mark in "`*_[]|<>#":
         assert all(plain[i - 1] == "\\" for i, c in enumerate(plain) if c == mark)
+
+
+def test_pictures_stand_before_the_recipe_and_replace_those_that_were_there() -> None:
+    plain = card()
+    first = illustrated(plain, pictures={"figures/a.png": "<script>alert(1)</script>"})
+    assert r"![\<script\>alert\(1\)\</script\>](figures/a.png)" in first
+    assert first.index("figures/a.png") < first.index("## Recipe")
+    second = illustrated(first, pictures={"figures/b.png": "b"})
+    assert "figures/a.png" not in second
+    assert illustrated(second, pictures={}) == plain
