@@ -85,7 +85,7 @@ def test_a_tick_with_nothing_new_reads_no_weight_and_writes_nothing(
 def test_the_first_release_is_what_a_run_makes_and_can_be_verified(bench: Bench) -> None:
     first = released(bench)
     assert content(first) == fresh(bench)
-    assert all(check.held for check in verify(first.model))
+    assert not [check for check in verify(first.model) if check.held is False]
     assert set(first.sources) == {str(s) for s in bench.sources}
 
 

@@ -587,12 +587,10 @@ def test_errors_of_a_networks_own_kinds_are_told_with_the_place(kind: type[Unrea
         assert "NoConnection" in str(caught.value)
 
 
-def test_a_filesystem_that_overwrites_is_told_from_one_that_enforces_put_once(
-    tmp_path: Path, memory_uri: str, monkeypatch: pytest.MonkeyPatch
+def test_a_filesystem_that_overwrites_does_not_enforce_put_once(
+    memory_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Folder.at(tmp_path).enforces_put_once()
     folder = Folder.at(memory_uri)
-    assert folder.enforces_put_once()
     real = folder.fs.pipe_file
     monkeypatch.setattr(folder.fs, "pipe_file", lambda path, value, **_: real(path, value))
     assert not folder.enforces_put_once()
