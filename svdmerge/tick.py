@@ -15,6 +15,7 @@ from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
 from svdmerge.errors import (
     ContentError,
+    MismatchError,
     OutputError,
     RecipeError,
     SolverError,
@@ -154,7 +155,7 @@ class _Tick:
         if current is not None and current.content == seen.content and _is_there(current):
             return self._result("unchanged", f"release {current.n} holds", seen, current)
         note = self.releases.refusal(seen.content)
-        if note is None or note["given"] not in (None, self._given(current)):
+        if note is None or note["given"] not in (None, self._given(seen, current)):
             return None
         return self._result(note["status"], note["why"], seen, current)
 
@@ -169,9 +170,10 @@ class _Tick:
             self.releases.refuse(key, status="refused", why=told)
         return found
 
-    def _given(self, current: Release | None) -> list[str]:
-        """What a refusal by the gate depends on besides the content."""
-        return [self.gate, current.content if current else ""]
+    def _given(self, seen: _Seen, current: Release | None) -> list[str]:
+        """What a refusal depends on besides the content."""
+        admitted = sorted(s.reference for s in seen.plan.sources if s.admit)
+        return [self.gate, current.content if current else "", *admitted]
 
     def _merge(
         self, seen: _Seen, epoch: int, current: Release | None, runtime: Runtime
@@ -189,10 +191,8 @@ class _Tick:
             raise StoreError("sources change just now", "", "Run the same command again.")
         try:
             run.all()
-        except (ContentError, SolverError) as error:
-            why = " ".join(str(error).split())
-            self.releases.refuse(seen.content, status="refused", why=why)
-            return self._result("refused", why, seen, current, run.report)
+        except (ContentError, MismatchError, SolverError) as error:
+            return self._refused(" ".join(str(error).split()), seen, current, run.report)
         if run.report.status.startswith("failed"):
             raise OutputError(f"tuning {run.report.status}", "", "Run the same command again.")
         draft = Release(
@@ -221,10 +221,8 @@ class _Tick:
             changes = changes_between(current.sources if current else {}, draft.sources)
             told = f"{told_of(changes, current)}; {verdict.why}"
             if not verdict.holds:
-                given = self._given(current)
-                self.releases.refuse(draft.content, status="refused", why=told, given=given)
                 self._drop(draft)
-                return self._result("refused", told, seen, current, report)
+                return self._refused(told, seen, current, report)
             release = replace(
                 draft, n=current.n + 1 if current else 1, why=told, measures=verdict.measures,
                 released_at=now(), **changes,
@@ -234,6 +232,14 @@ class _Tick:
             if self.releases.publish(release):
                 self._clear(release)
                 return self._result("released", told, seen, release, report)
+
+    def _refused(
+        self, why: str, seen: _Seen, current: Release | None, report: RunReport
+    ) -> TickResult:
+        """The result where this content is not released, which is noted."""
+        given = self._given(seen, current)
+        self.releases.refuse(seen.content, status="refused", why=why, given=given)
+        return self._result("refused", why, seen, current, report)
 
     def _result(
         self, status: str, why: str, seen: _Seen, current: Release | None,

@@ -200,6 +200,17 @@ def test_a_source_with_nan_is_refused_once_and_not_read_again(bench: Bench) -> N
     assert released(bench).added == (str(bad),)
 
 
+def test_a_source_of_another_base_is_refused_until_it_is_admitted(bench: Bench) -> None:
+    first = released(bench)
+    other = micro_model(bench.root / "source-9", seed=9)
+    refused = ticked(bench)
+    assert (refused.status, refused.release) == ("refused", first)
+    assert str(other) in refused.why
+    assert ticked(bench).run is None
+    admitted = [f"{bench.root}/source-*", {"model": str(other), "admit": True}]
+    assert released(bench, models=admitted).added == (str(other),)
+
+
 def test_a_pattern_that_matches_nothing_is_an_error_not_a_release(bench: Bench) -> None:
     released(bench)
     for source in bench.sources:
@@ -224,7 +235,7 @@ def gated(bench: Bench, **changes: Any) -> dict[str, Any]:
     examples = tune_section(bench.root)
     return {
         "parameters": {"k": "100%"},
-        "models": [str(bench.root / "helper*")],
+        "models": [{"model": str(bench.root / "helper*"), "admit": True}],
         "gate": {"margin": 0.05, "examples": examples},
     } | changes
 
