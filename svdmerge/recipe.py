@@ -123,7 +123,9 @@ class HubQuery(Section):
     base: str | None = None
     """The base's id there; the recipe's own by default."""
     relation: Literal["finetune", "adapter"] = "finetune"
+    """What they say that they are of it."""
     author: str | None = None
+    """User or organisation; all by default."""
     tags: tuple[str, ...] = ()
     """Of each, all of these."""
 

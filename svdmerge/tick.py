@@ -15,6 +15,7 @@ from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
 from svdmerge.errors import (
     ContentError,
+    MismatchError,
     OutputError,
     RecipeError,
     SolverError,
@@ -39,6 +40,8 @@ from svdmerge.storage.releases import (
 
 # Of a folder's name: enough that two contents of one recipe never share it.
 CONTENT_DIGITS = 12
+# What ticks make below `out`, with their epoch: models, and what one that was killed left of them.
+MADE = re.compile(rf"\.?[0-9a-f]{{{CONTENT_DIGITS}}}-(\d+)(-tuned)?(\.partial-.*)?")
 # Settings of `tune` that no number depends on.
 HOW_OFTEN = {"use_gpu", "checkpoint_every", "checkpoint_every_s"}
 
@@ -152,7 +155,7 @@ class _Tick:
         if current is not None and current.content == seen.content and _is_there(current):
             return self._result("unchanged", f"release {current.n} holds", seen, current)
         note = self.releases.refusal(seen.content)
-        if note is None or note["given"] not in (None, self._given(current)):
+        if note is None or note["given"] not in (None, self._given(seen, current)):
             return None
         return self._result(note["status"], note["why"], seen, current)
 
@@ -167,9 +170,10 @@ class _Tick:
             self.releases.refuse(key, status="refused", why=told)
         return found
 
-    def _given(self, current: Release | None) -> list[str]:
-        """What a refusal by the gate depends on besides the content."""
-        return [self.gate, current.content if current else ""]
+    def _given(self, seen: _Seen, current: Release | None) -> list[str]:
+        """What a refusal depends on besides the content."""
+        admitted = sorted(s.reference for s in seen.plan.sources if s.admit)
+        return [self.gate, current.content if current else "", *admitted]
 
     def _merge(
         self, seen: _Seen, epoch: int, current: Release | None, runtime: Runtime
@@ -187,10 +191,8 @@ class _Tick:
             raise StoreError("sources change just now", "", "Run the same command again.")
         try:
             run.all()
-        except (ContentError, SolverError) as error:
-            why = " ".join(str(error).split())
-            self.releases.refuse(seen.content, status="refused", why=why)
-            return self._result("refused", why, seen, current, run.report)
+        except (ContentError, MismatchError, SolverError) as error:
+            return self._refused(" ".join(str(error).split()), seen, current, run.report)
         if run.report.status.startswith("failed"):
             raise OutputError(f"tuning {run.report.status}", "", "Run the same command again.")
         draft = Release(
@@ -219,10 +221,8 @@ class _Tick:
             changes = changes_between(current.sources if current else {}, draft.sources)
             told = f"{told_of(changes, current)}; {verdict.why}"
             if not verdict.holds:
-                given = self._given(current)
-                self.releases.refuse(draft.content, status="refused", why=told, given=given)
                 self._drop(draft)
-                return self._result("refused", told, seen, current, report)
+                return self._refused(told, seen, current, report)
             release = replace(
                 draft, n=current.n + 1 if current else 1, why=told, measures=verdict.measures,
                 released_at=now(), **changes,
@@ -232,6 +232,14 @@ class _Tick:
             if self.releases.publish(release):
                 self._clear(release)
                 return self._result("released", told, seen, release, report)
+
+    def _refused(
+        self, why: str, seen: _Seen, current: Release | None, report: RunReport
+    ) -> TickResult:
+        """The result where this content is not released, which is noted."""
+        given = self._given(seen, current)
+        self.releases.refuse(seen.content, status="refused", why=why, given=given)
+        return self._result("refused", why, seen, current, report)
 
     def _result(
         self, status: str, why: str, seen: _Seen, current: Release | None,
@@ -255,11 +263,11 @@ class _Tick:
     def _made_before(self, seen: _Seen, current: Release | None) -> str | None:
         """A whole model of this content that an attempt since the current release left, so that
         what follows resumes."""
+        whole = re.compile(rf"{seen.content[:CONTENT_DIGITS]}-(\d+)")
         for name in self.out.names():
-            epoch = _epoch_of(name, content=seen.content[:CONTENT_DIGITS])
-            if epoch is None or name.endswith("-tuned") or (current and epoch < current.epoch):
-                continue
-            if _is_whole(self.out.child(name)):
+            match = whole.fullmatch(name)
+            since = match and (current is None or int(match[1]) > current.epoch)
+            if since and _is_whole(self.out.child(name)):
                 return self.out.child(name).uri
         return None
 
@@ -269,15 +277,9 @@ class _Tick:
         last = [self.releases.read(n) for n in self.releases.numbers()[-self.recipe.tick.keep :]]
         kept = {Folder.at(place).name for place in kept_models(last, keep=len(last))}
         for name in self.out.names():
-            epoch = _epoch_of(name)
-            if epoch is not None and epoch < release.epoch and name not in kept:
+            match = MADE.fullmatch(name)
+            if match and int(match[1]) < release.epoch and name not in kept:
                 self.out.child(name).remove()
-
-
-def _epoch_of(name: str, *, content: str = "[0-9a-f]{12}") -> int | None:
-    """The epoch in the name of a model's folder; None if it is named otherwise."""
-    match = re.fullmatch(rf"{content}-(\d+)(-tuned)?", name)
-    return int(match[1]) if match else None
 
 
 def _check_out(recipe: Recipe, out: Folder) -> None:

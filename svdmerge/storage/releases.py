@@ -123,7 +123,7 @@ class Releases:
     def refuse(
         self, content: str, *, status: str, why: str, given: list[str] | None = None
     ) -> None:
-        """Note that a content may not be released: ever, or given what else it was judged by."""
+        """Note that a content may not be released, given what else it was judged by, or at all."""
         note = {"status": status, "why": why, "given": given}
         self.folder.put(f"{REFUSED}/{content}.json", json.dumps(note, indent=1).encode())
 

@@ -227,10 +227,11 @@ def backbone_path(config: TuneConfig) -> str:
 def package_path(name: str) -> str:
     """The folder that the package of `package.module:name` was imported from here."""
     found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
-    if found is None or found.origin is None:
+    if found is None:
         return ""
-    place = Path(found.origin).parent
-    return str(place.parent if found.submodule_search_locations else place)
+    # Also of a package without an `__init__`, which has no origin.
+    place = next(iter(found.submodule_search_locations or [found.origin or ""]))
+    return str(Path(place).parent) if place else ""
 
 
 def _cpus(threads: int, *, workers: int) -> float:

@@ -585,3 +585,13 @@ def test_errors_of_a_networks_own_kinds_are_told_with_the_place(kind: type[Unrea
             work()
         assert folder.uri in str(caught.value)
         assert "NoConnection" in str(caught.value)
+
+
+def test_a_filesystem_that_overwrites_does_not_enforce_put_once(
+    memory_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder.at(memory_uri)
+    real = folder.fs.pipe_file
+    monkeypatch.setattr(folder.fs, "pipe_file", lambda path, value, **_: real(path, value))
+    assert not folder.enforces_put_once()
+    assert folder.names() == []
