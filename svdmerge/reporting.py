@@ -25,7 +25,7 @@ from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import MANIFEST, PROVENANCE, RECIPE, load_factors
 from svdmerge.storage.output import Manifest, read_manifest
-from svdmerge.workflow import Run, summary_of
+from svdmerge.workflow import summary_of
 
 if TYPE_CHECKING:
     from svdmerge.report.run_report import RunReport
@@ -75,12 +75,11 @@ def _illustrate(out: Folder, contents: Contents) -> None:
     out.put(MANIFEST, replace(manifest, files=dict(sorted(files.items()))).to_json())
 
 
-def reported(run: Run) -> "RunReport":
-    """All of a run, and its page, which is left as it is where nothing was done."""
-    report = run.all()
-    if report.stages or run.out.stat(PAGE) is None:
+def reported(report: "RunReport") -> "RunReport":
+    """The report of a run, whose page is written; left as it is where nothing was done."""
+    if report.stages or Folder.at(report.out).stat(PAGE) is None:
         try:
-            write_report(run.out.uri)
+            write_report(report.out)
         except SvdmergeError as error:  # the merge is there, and whole
             report.warnings.append(f"{PAGE} was not written: {error.args[0]}")
     return report
