@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -34,7 +35,14 @@ T = TypeVar("T")
 PAGE = "report.html"
 CARD = "README.md"
 # Of the card: those that change only if the merge does, for its manifest holds no time.
-PICTURES, PICTURED = "figures", ("contributions", "spectra-0", "retained", "overlap", "inflation")
+PICTURES = "figures"
+PICTURED = {
+    "contributions": "Who contributed what",
+    "spectra-0": "Spectra and where they were cut",
+    "retained": "What is kept, and bounds on the rest",
+    "overlap": "How alike the sources are",
+    "inflation": "Where merging inflated singular values",
+}
 # Budgets of the what-if: shares of the rank, or powers of two up to the largest rank.
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 # Matrices of which vectors are read, spread over the model, and sources that are compared in pairs:
@@ -63,13 +71,12 @@ def _illustrate(out: Folder, contents: Contents) -> None:
     assert manifest is not None
     drawn = figures(contents)
     pictures = {
-        f"{PICTURES}/{name}.png": (told[name.partition("-")[0]], as_png(drawn[name]))
-        for name in PICTURED
+        f"{PICTURES}/{name}.png": (title, told[name.partition("-")[0]])
+        for name, title in PICTURED.items()
         if name in drawn
     }
-    shown = {path: text for path, (text, _) in pictures.items()}
-    card = illustrated(out.read(CARD).decode(), pictures=shown).encode()
-    written = [put_file(out, path, data) for path, (_, data) in pictures.items()]
+    card = illustrated(out.read(CARD).decode(), pictures=pictures).encode()
+    written = [put_file(out, path, as_png(drawn[Path(path).stem])) for path in pictures]
     written.append(put_file(out, CARD, card))
     files = manifest.files | {f.file: {"size": f.size, "sha256": f.sha256} for f in written}
     out.put(MANIFEST, replace(manifest, files=dict(sorted(files.items()))).to_json())
