@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from svdmerge.engine.runtime import Unit, call, open_runtime
+from svdmerge.engine.tally import Tally
 from svdmerge.progress import Progress, TerminalProgress
 from svdmerge.recipe import Recipe, parse_recipe
 from svdmerge.report.run_report import RunReport
@@ -46,6 +47,7 @@ class PlainProcesses:
 
     pool: ProcessPoolExecutor
     address: str = "processes"
+    tally: Tally = field(default_factory=Tally)
 
     def map(
         self,
@@ -55,7 +57,7 @@ class PlainProcesses:
         stage: str,
         progress: Progress,
         failed: object = None,
-        num_gpus: int = 0,
+        num_gpus: float = 0,
     ) -> list[R]:
         """The task's results, in the order of the units."""
         return list(self.pool.map(partial(call, task), units))

@@ -19,12 +19,15 @@ def main() -> None:
     from svdmerge.comparison.on_device import measure_scale
 
     cost = measure_scale(args.scale, device=args.device, repeats=args.repeats)
-    print("| device | matrices | GiB | copying, s | ours, s | ours / copying | found whole |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| device | matrices | GiB | copying, s | ours, s | ours / copying | found whole "
+        "| above besides |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     print(
         f"| {cost.device} | {cost.num_matrices} | {cost.num_bytes / 2**30:.2f} "
         f"| {cost.copying:.3f} | {cost.ours:.3f} | {cost.ours / cost.copying:.1f} "
-        f"| {cost.complete} |"
+        f"| {cost.complete} | {cost.besides} |"
     )
 
 

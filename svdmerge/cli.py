@@ -1,6 +1,7 @@
 """The command line: parse, build, one call, one result. Heavy imports wait for their command."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,7 +10,8 @@ import typer
 
 from svdmerge.errors import RecipeError
 from svdmerge.kind.cli import kind_app
-from svdmerge.terminal import Address, Json, Verbose, guard, progress, show
+from svdmerge.logs import Format, configure
+from svdmerge.terminal import INTERRUPTED, Address, Json, Verbose, guard, progress, show
 
 if TYPE_CHECKING:
     from svdmerge.report.run_report import RunReport
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="svdmerge",
-    help="Merge many fine-tuned models of one base by their singular components.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -30,7 +31,24 @@ app.add_typer(adapter_app, name="adapter")
 app.add_typer(kind_app, name="kind")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Of the output's weights files, as 5GB; the recipe's if none.")
+]
 StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="A folder or fsspec URI.")]
+
+
+@app.callback()
+def shared(
+    log_format: Annotated[
+        Format,
+        typer.Option(
+            envvar="SVDMERGE_LOG_FORMAT",
+            help="Of standard error: text, or a JSON object a line in place of progress bars.",
+        ),
+    ] = "text",
+) -> None:
+    """Merge many fine-tuned models of one base by their singular components."""
+    configure(log_format)
 
 
 @app.command()
@@ -59,7 +77,14 @@ def demo(
 
 
 @app.command()
-def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) -> None:
+def plan(
+    recipe: RecipePath,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read some weights: are sources of this base?")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """Show what happens to every tensor, and the costs, from headers alone."""
 
     def work() -> None:
@@ -67,21 +92,38 @@ def plan(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) ->
         from svdmerge.engine.plan import make_plan
         from svdmerge.recipe import load_recipe
 
-        found = estimate(make_plan(load_recipe(recipe)))
+        made = make_plan(load_recipe(recipe))
+        found = estimate(made)
 
         def tables() -> list[Any]:
             from svdmerge.tables import plan_tables
 
             return plan_tables(found)
 
-        show(as_json, found.to_json, tables)
+        if not deep:
+            return show(as_json, found.to_json, tables)
+        from svdmerge.engine.kinship import deep_plan, judge
+        from svdmerge.tables import deep_tables
+
+        looked = deep_plan(made)
+        show(
+            as_json,
+            lambda: found.to_json() | {"deep": looked.to_json()},
+            lambda: [*tables(), *deep_tables(looked)],
+        )
+        judge(made, looked.kinships)
+        return None
 
     guard(work, verbose=verbose)
 
 
 @app.command()
 def run(
-    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+    recipe: RecipePath,
+    max_shard_size: MaxShardSize = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Decompose, select, assemble, and tune if the recipe asks. Resumes by itself."""
 
@@ -90,7 +132,7 @@ def run(
 
         return reported(run.all())
 
-    _staged(recipe, all_of, address, as_json, verbose)
+    _staged(recipe, all_of, address, as_json, verbose, max_shard_size)
 
 
 @app.command()
@@ -111,10 +153,16 @@ def select(
 
 @app.command()
 def assemble(
-    recipe: RecipePath, address: Address = "local", as_json: Json = False, verbose: Verbose = False
+    recipe: RecipePath,
+    max_shard_size: MaxShardSize = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
     """Merge what is selected and write the model."""
-    _staged(recipe, lambda run: run.attempt(run.assemble), address, as_json, verbose)
+    _staged(
+        recipe, lambda run: run.attempt(run.assemble), address, as_json, verbose, max_shard_size
+    )
 
 
 @app.command()
@@ -123,6 +171,74 @@ def tune(
 ) -> None:
     """Train singular values of the merged model for the recipe's target, or many targets."""
     _staged(recipe, lambda run: run.attempt(run.tune), address, as_json, verbose)
+
+
+@app.command()
+def tick(
+    recipe: RecipePath,
+    watch: Annotated[
+        float | None, typer.Option(min=1.0, help="Look again every so many seconds.")
+    ] = None,
+    address: Address = "local",
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge and release anew if a source changed and the gate holds; for any scheduler."""
+
+    def once() -> None:
+        from svdmerge.recipe import load_recipe
+        from svdmerge.tables import tick_tables
+        from svdmerge.tick import tick as tick_of
+
+        found = tick_of(load_recipe(recipe), address=address, progress=progress())
+        show(as_json, found.to_json, lambda: tick_tables(found))
+        if found.status == "refused":
+            raise typer.Exit(1)
+
+    if watch is None:
+        guard(once, verbose=verbose)
+    else:
+        guard(lambda: _every(watch, once), verbose=verbose)
+
+
+@app.command()
+def rollback(
+    recipe: RecipePath,
+    number: Annotated[
+        int | None, typer.Argument(metavar="N", help="A release; the one before by default.")
+    ] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Release an older content again, as a new release."""
+
+    def work() -> None:
+        from svdmerge.recipe import load_recipe
+        from svdmerge.rollback import rollback as rolled_back
+        from svdmerge.tables import tick_tables
+
+        found = rolled_back(load_recipe(recipe), number)
+        show(as_json, found.to_json, lambda: tick_tables(found))
+
+    guard(work, verbose=verbose)
+
+
+@app.command()
+def releases(recipe: RecipePath, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List a recipe's releases; the last is the current one."""
+
+    def work() -> None:
+        from dataclasses import asdict
+
+        from svdmerge.recipe import load_recipe
+        from svdmerge.tables import releases_table
+        from svdmerge.tick import releases_of
+
+        held = releases_of(load_recipe(recipe))
+        found = [held.read(n) for n in held.numbers()]
+        show(as_json, lambda: [asdict(r) for r in found], lambda: [releases_table(found)])
+
+    guard(work, verbose=verbose)
 
 
 @app.command()
@@ -196,7 +312,7 @@ def verify(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Reload an output and prove what its manifest claims."""
+    """Reload an output, or an exported adapter, and prove what it claims."""
 
     def work() -> None:
         from svdmerge.tables import verify_table
@@ -204,7 +320,7 @@ def verify(
 
         checks = checks_of(out)
         show(as_json, lambda: [c.to_json() for c in checks], lambda: [verify_table(checks)])
-        if not all(c.held for c in checks):
+        if any(c.held is False for c in checks):
             raise typer.Exit(1)
 
     guard(work, verbose=verbose)
@@ -284,7 +400,9 @@ def import_mergekit(
 
 @adapter_app.command("export")
 def adapter_export(
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="A folder that tuning wrote.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="A folder that tuning wrote, or a merge.")
+    ],
     to: Annotated[str, typer.Option(help="An empty folder or URI to write.")],
     form: Annotated[
         Literal["model", "peft", "peft-on-merged"],
@@ -292,20 +410,31 @@ def adapter_export(
             "--format", help="The full model, or a PEFT LoRA on the base or the merged model."
         ),
     ] = "model",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of LoRA layers, at most; by default the full one.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="As `tune.model`: the class that it is for.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it moved.")] = None,
     merged: Annotated[str | None, typer.Option(help="The merged model, if it moved.")] = None,
     factors: Annotated[str | None, typer.Option(help="The merged factors, if moved.")] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a tuned adapter as a full model, or as an adapter for PEFT."""
+    """Write a tuned adapter as a full model, or that or a merge as an adapter for PEFT."""
 
     def work() -> None:
+        from dataclasses import asdict
+
+        from svdmerge.storage.filesystem import Folder
         from svdmerge.training.export import export_adapter
 
         places = {"base": base, "merged": merged, "factors": factors}
-        out = export_adapter(tuned, to, form=form, places=places).uri
-        show(as_json, lambda: {"out": out, "format": form}, lambda: [f"done: {out}"])
+        found = export_adapter(folder, to, form=form, rank=rank, model=model, places=places)
+        out = Folder.at(to).uri
+        told = {"out": out, "format": form} | ({} if found is None else asdict(found))
+        show(as_json, lambda: told, lambda: [*([found.told] if found else []), f"done: {out}"])
 
     guard(work, verbose=verbose)
 
@@ -365,7 +494,12 @@ def main() -> None:
 
 
 def _staged(
-    recipe: Path, stage: "Callable[[Run], RunReport]", address: str, as_json: bool, verbose: bool
+    recipe: Path,
+    stage: "Callable[[Run], RunReport]",
+    address: str,
+    as_json: bool,
+    verbose: bool,
+    max_shard_size: str | None = None,
 ) -> None:
     """Run one stage, or all, of a recipe."""
 
@@ -375,7 +509,8 @@ def _staged(
         from svdmerge.tables import run_tables
         from svdmerge.workflow import Run, prepare
 
-        loaded = load_recipe(recipe)
+        given = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        loaded = load_recipe(recipe, **given)
         prepare(loaded, address=address)  # its faults are told before Ray starts
         with open_runtime(address) as runtime:
             report = stage(Run(loaded, runtime=runtime, progress=progress()))
@@ -388,6 +523,17 @@ def _staged(
             raise typer.Exit(1)
 
     guard(work, verbose=verbose)
+
+
+def _every(seconds: float, work: Callable[[], None]) -> None:
+    """Do it again and again, until interrupted: a failure is told, and the next time may do."""
+    while True:
+        try:
+            guard(work, verbose=False)
+        except typer.Exit as end:
+            if end.exit_code == INTERRUPTED:
+                raise
+        guard(lambda: time.sleep(seconds), verbose=False)
 
 
 def _names(text: str | None) -> list[str]:

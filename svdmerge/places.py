@@ -49,9 +49,9 @@ def _inputs(plan: Plan) -> Iterator[tuple[str, Folder]]:
 
 def _tuned(recipe: Recipe) -> Iterator[tuple[str, Folder]]:
     """Where tuned models go, by default too."""
-    from svdmerge.training.targets import default_out
-
     for name, config in _targets(recipe):
+        from svdmerge.training.targets import default_out
+
         yield "tune.out", Folder.at(config.out or f"{default_out(recipe)}/{name}")
 
 

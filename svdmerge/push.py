@@ -6,7 +6,7 @@ from typing import Any
 
 from svdmerge.errors import OutputError, RetryableError, StoreError
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import MANIFEST
+from svdmerge.storage.layout import MANIFEST
 from svdmerge.storage.output import damaged_files, read_manifest
 
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -18,7 +20,9 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -56,12 +60,35 @@ def parse_bytes(value: object) -> int:
     return size
 
 
+def parse_shard_size(value: object) -> int | str:
+    """`5GB` -> 5000000000, `base` as it is."""
+    return "base" if value == "base" else parse_bytes(value)
+
+
 def parse_density(value: object) -> float:
     """`20%` -> 0.2, `0.2` -> 0.2, `1` -> 1.0: a share, of entries."""
     share = parse_share(value)
     if share > 1:
         raise ValueError(f"got {value!r}; expected a share such as 20% or 0.2")
     return float(share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRows:
+    """Rows first..stop-1 of a tensor, all from `first` on where `stop` is None."""
+
+    tensor: str
+    first: int = 0
+    stop: int | None = None
+
+
+def parse_rows(text: str) -> TensorRows:
+    """`a.weight[0:768]` -> those rows of a.weight; `a.weight` -> all of them."""
+    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", text)
+    if not found:
+        return TensorRows(tensor=text)
+    name, first, stop = found.groups()
+    return TensorRows(tensor=name, first=int(first or 0), stop=int(stop) if stop else None)
 
 
 # What may be written, for the schema that editors read.
@@ -72,6 +99,10 @@ Share = Annotated[
     int | float, BeforeValidator(parse_share, json_schema_input_type=int | float | _Percent)
 ]
 Bytes = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=PositiveInt | _Size)]
+ShardSize = Annotated[
+    int | Literal["base"],
+    BeforeValidator(parse_shard_size, json_schema_input_type=PositiveInt | _Size | Literal["base"]),
+]
 
 
 class Section(BaseModel):
@@ -82,15 +113,56 @@ class Section(BaseModel):
     )
 
 
-class SourceModel(Section):
-    """A source: where it lies and how much it counts."""
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
-    model: str = Field(min_length=1)
-    """A folder, an fsspec URI or a hub id; [@revision]; [+adapter[@revision]]."""
+
+class HubQuery(Section):
+    """Models of the hub that name a base as theirs."""
+
+    base: str | None = None
+    """The base's id there; the recipe's own by default."""
+    relation: Literal["finetune", "adapter"] = "finetune"
+    author: str | None = None
+    tags: tuple[str, ...] = ()
+    """Of each, all of these."""
+
+
+class SourceModel(Section):
+    """A source: where it lies and how much it counts. Or many, by a pattern or a query."""
+
+    model: str = ""
+    """A folder, an fsspec URI or a hub id; [@revision]; [+adapter[@revision]]. Or a pattern (`*`,
+    `?`, `[...]`) of paths or URIs: the folders and safetensors files that match now."""
+    hub: HubQuery | None = None
+    """In place of `model`: what the hub lists now."""
     weight: PositiveFloat = 1.0
     """Scales this source's singular values and its share of the averages alike."""
     quota: Density = 1.0
     """Share of each matrix's slots that it may take: floor(quota * budget + 1e-9), at least 1."""
+    admit: bool = False
+    """Merge it even if it lies so far from the base that it seems to come from another one."""
+
+    tensors: dict[str, Annotated[tuple[str, ...], BeforeValidator(_listed)]] = {}
+    """Of the base's tensors, where the source cuts or names them otherwise, what to put together
+    of the source's, one below the other: names, or rows of them as `name[0:768]`. A star stands
+    for the same on both sides."""
+
+    @model_validator(mode="after")
+    def _stars_agree(self) -> "SourceModel":
+        for name, given in self.tensors.items():
+            for text in given:
+                if text.count("*") != name.count("*"):
+                    raise ValueError(f"tensors: {name}: got {text!r}; expected as many stars")
+            if not given:
+                raise ValueError(f"tensors: {name}: got nothing; expected tensors of the source")
+        return self
+
+    @model_validator(mode="after")
+    def _names_something(self) -> "SourceModel":
+        if bool(self.model) == (self.hub is not None):
+            raise ValueError("model: expected a reference or a pattern, or `hub` in its place")
+        return self
 
 
 def _source(value: object) -> object:
@@ -123,12 +195,29 @@ class Parameters(Section):
 
 
 class PolicyRule(Section):
-    """What happens to the tensors whose name matches a glob."""
+    """What happens to the tensors whose name matches a glob; the first rule that says it counts."""
 
     match: str
-    """A glob of tensor names; the first rule that matches wins, before the defaults."""
-    policy: Literal["base", "average", "decompose", "error"]
-    """Keep the base's, average, decompose, or refuse the merge."""
+    """A glob of tensor names."""
+    policy: Literal["base", "average", "decompose", "error"] | None = None
+    """What the merge makes of it: keep the base's, average, decompose, or refuse."""
+    missing: Literal["error", "base"] | None = None
+    """Where a full source lacks it; `base`: it has no difference there. By default an error."""
+    mismatch: Literal["error", "base", "tokens"] | None = None
+    """Where a source has it in another shape; `tokens`: rows, along the first axis, are those of
+    tokens and matched by them, whatever their numbers. By default an error."""
+    extra: Literal["ignore", "error"] | None = None
+    """Where only a source has it. By default it is left out."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "PolicyRule":
+        if not (self.policy or self.missing or self.mismatch or self.extra):
+            raise ValueError("expected `policy`, `missing`, `mismatch` or `extra`")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_it_says(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class Resources(Section):
@@ -189,6 +278,11 @@ class TuneConfig(Section):
     images (in the order of their names)."""
     test: str = ""
     """Examples that the result is measured on; never trained or selected on."""
+    dataset: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """The hub's dataset that `test` is of, as org/name: the result is written to `.eval_results`
+    for it. By default that of an hf://datasets URI."""
+    dataset_task: str = "default"
+    """Which of that dataset's tasks."""
     input: str = "text"
     """Column of the inputs. Of images: encoded bytes, {bytes, path}, or paths beside the file."""
     label: str = "label"
@@ -299,6 +393,37 @@ class TuneConfig(Section):
         return self
 
 
+class GateConfig(Section):
+    """What a merge must hold to become the current release."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.01
+    """How much worse than the current release's its measure may be: a share of the examples told
+    right, or nats per token."""
+    examples: TuneConfig | None = None
+    """What it is measured on, as in `tune`, whose examples are the default."""
+
+
+def _webhook(value: str) -> str:
+    # Not told: an address of this kind is a secret.
+    if not re.match(r"https?://[^/]|\$\w+$", value):
+        raise ValueError("expected an http(s) URL, or $NAME of an environment variable")
+    return value
+
+
+class TickConfig(Section):
+    """Re-merging as sources appear, change and go."""
+
+    unfit: Literal["stop", "skip"] = "stop"
+    """Where a source cannot be used: no release, or one without it; it is told either way."""
+    keep: Annotated[int, Field(ge=2)] = 10
+    """Last releases whose models are kept."""
+    releases: str | None = None
+    """Folder of the release records; `releases` in the store by default."""
+    webhook: Annotated[str, AfterValidator(_webhook)] | None = None
+    """Where releases, refusals and failures are posted as JSON; $NAME is read from the environment.
+    """
+
+
 # Of the examples, where they choose everything: a quarter tells a clear gain from none, and what is
 # left still trains.
 HELD_OUT = 0.25
@@ -326,12 +451,16 @@ class Recipe(Section):
     """A folder or fsspec URI of the merged model."""
     out_dtype: Literal["base", "float32", "float16", "bfloat16"] = "base"
     """Of the merged model's floating-point tensors."""
-    max_shard_size: Bytes = 5 * 10**9
-    """Of one weights file, as 5GB."""
+    max_shard_size: ShardSize = "base"
+    """Of the output's weights files; `base`: as the base's tensors lie together in files."""
     resources: Resources = Resources()
     """What one task may use."""
     tune: TuneConfig | None = None
     """Adapt to a target by training singular values."""
+    gate: GateConfig | None = None
+    """What a release must not be worse in."""
+    tick: TickConfig = TickConfig()
+    """How `svdmerge tick` releases."""
 
     @model_validator(mode="before")
     @classmethod
@@ -397,6 +526,14 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _gate_has_examples(self) -> "Recipe":
+        if self.gate is not None:
+            examples = self.gate.examples or self.tune
+            if examples is None or examples.targets:
+                raise ValueError("gate.examples: Field required without `tune` of one target")
+        return self
+
     @property
     def is_targeted(self) -> bool:
         """Whether the merge depends on the target's examples."""
@@ -405,33 +542,44 @@ class Recipe(Section):
     @property
     def rules(self) -> tuple[Policy, ...]:
         """The policies as the core takes them."""
-        return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies)
+        return tuple(Policy(match=p.match, policy=p.policy) for p in self.policies if p.policy)
+
+    def ruling(self, what: Literal["missing", "mismatch", "extra"], name: str) -> str | None:
+        """What the first policy that says so has a tensor be where it is missing, and so on."""
+        rules = (p for p in self.policies if getattr(p, what) and fnmatchcase(name, p.match))
+        return next((str(getattr(p, what)) for p in rules), None)
 
     def numeric_digest(self) -> str:
-        """sha256 of what the numbers depend on besides the models: not `out`, `store`, or order."""
-        skip = {"out", "store", "tune", "models", "base_model", "resources"}
+        """sha256 of what the numbers depend on besides the models: not order, places, or layout."""
+        skip = {
+            "out", "store", "max_shard_size", "tune", "gate", "tick", "models", "base_model",
+            "resources",
+        }  # fmt: skip
         fields = self.model_dump(mode="json", exclude=skip)
         fields |= {"threads": self.resources.threads, "max_matrix": self.resources.max_matrix}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def dump(self) -> dict[str, Any]:
-        """The recipe as plain values, with every default that its method uses."""
+        """The recipe as plain values, with every default that its method uses; no secret."""
         unused = Parameters.model_fields.keys() - METHODS[self.merge_method].parameters
-        return self.model_dump(mode="json", exclude={"parameters": unused})
+        skip: Any = {"parameters": unused, "tick": {"webhook"}}
+        if not any(m.hub for m in self.models):
+            skip["models"] = {"__all__": {"hub"}}
+        return self.model_dump(mode="json", exclude=skip)
 
     def dump_yaml(self) -> str:
         """The recipe with every default written out."""
         return yaml.safe_dump(self.dump(), sort_keys=False)
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
+def load_recipe(path: str | Path, **given: str) -> Recipe:
+    """The recipe in a YAML file; what is given stands for its own.
 
     Raises:
         RecipeError: the file is missing or no YAML mapping, or a key or value is wrong; every fault
             is named, unknown keys with the nearest known one.
     """
-    return parse_recipe(load_mapping(path), origin=str(path))
+    return parse_recipe(load_mapping(path) | given, origin=str(path))
 
 
 def load_mapping(path: str | Path) -> dict[str, Any]:
@@ -459,6 +607,10 @@ _SECTIONS: dict[str, type[Section]] = {
     "models": SourceModel,
     "resources": Resources,
     "tune": TuneConfig,
+    "gate": GateConfig,
+    "tick": TickConfig,
+    "hub": HubQuery,
+    "examples": TuneConfig,
 }
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -490,7 +642,8 @@ def _explain(
         text = fault["msg"].removeprefix("Value error, ")
         return f"{place}: {text}" if place else text
     loc, key = fault["loc"][:-1], str(fault["loc"][-1])
-    section = list((sections.get(str(loc[0]), kind) if loc else kind).model_fields)
+    named = [sections[str(part)] for part in loc if str(part) in sections]
+    section = list((named[-1] if named else kind).model_fields)
     near = difflib.get_close_matches(key, section, n=1)
     known = f"the nearest is `{near[0]}`" if near else f"known keys: {', '.join(sorted(section))}"
     return f"{place}: unknown key; {known}"

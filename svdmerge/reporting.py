@@ -11,7 +11,7 @@ import yaml
 
 from svdmerge.core.params import Action
 from svdmerge.engine.account import MatrixAccount, account
-from svdmerge.engine.assemble import FACTORS, put_file
+from svdmerge.engine.assemble import FACTORS
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.whatif import whatif
@@ -24,7 +24,8 @@ from svdmerge.report.licence import combined
 from svdmerge.report.page import captions, page
 from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import MANIFEST, PROVENANCE, RECIPE, load_factors
+from svdmerge.storage.hf_model import PROVENANCE, RECIPE, load_factors, put_file
+from svdmerge.storage.layout import MANIFEST
 from svdmerge.storage.output import Manifest, read_manifest
 from svdmerge.workflow import summary_of
 

@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.table import Table
 
 if TYPE_CHECKING:  # the results' modules need torch; showing a plan does not
+    from svdmerge.claims import Check
+    from svdmerge.core.kinship import Kinship
     from svdmerge.engine.estimate import Estimate
+    from svdmerge.engine.kinship import DeepPlan
     from svdmerge.engine.whatif import Outcome
     from svdmerge.report.run_report import RunReport
     from svdmerge.storage.maintenance import StoredSource
+    from svdmerge.storage.releases import Release
     from svdmerge.targeting import Ranking
+    from svdmerge.tick import TickResult
     from svdmerge.training.result import Row
     from svdmerge.training.targets import TargetOutcome, TargetsResult
-    from svdmerge.verify import Check
 
 
 def table(title: str, *, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -67,12 +71,40 @@ def plan_tables(found: "Estimate") -> list[Table]:
             ("CPU time, a guess", f"{found.cpu_seconds:.0f} s over all cores"),
         ),
     )
-    ignored = table(
-        "Left out: tensors the base does not have",
-        columns=("source", "num", "first"),
-        rows=((s, len(names), names[0]) for s, names in found.ignored.items()),
+    unlike = [
+        table(
+            f"Unlike the base: {source}",
+            columns=("tensor", "", "what stands for it"),
+            rows=((name, x.kind, x.told) for name, x in names.items()),
+        )
+        for source, names in found.unlike.items()
+    ]
+    return [tensors, costs, *unlike]
+
+
+def deep_tables(found: "DeepPlan") -> list[Any]:
+    """How far each source lies from the base, and what it took to see that."""
+    return [
+        kinship_table(found.kinships),
+        f"read {size(found.read_bytes)} of weights in {found.seconds:.1f} s; "
+        f"{len(found.from_store)} of {len(found.kinships)} sources known from the store",
+    ]
+
+
+def kinship_table(found: "Mapping[str, Kinship | None]") -> Table:
+    """Relative norm and effective rank of each source's difference."""
+    return table(
+        "Distance to the base",
+        columns=("source", "norm, relative", "effective rank"),
+        rows=((name, *_kinship_cells(kinship)) for name, kinship in found.items()),
     )
-    return [tensors, costs, *([ignored] if found.ignored else [])]
+
+
+def _kinship_cells(kinship: "Kinship | None") -> tuple[str, str]:
+    if kinship is None:
+        return "an adapter", "not judged"
+    rank = kinship.effective_rank
+    return f"{kinship.norm:.3g}", "-" if rank is None else f"{rank:.1%}"
 
 
 def run_tables(report: "RunReport") -> list[Any]:
@@ -90,6 +122,7 @@ def run_tables(report: "RunReport") -> list[Any]:
     tables: list[Any] = [stages] if report.stages else []
     tables += ranking_tables(report.ranking) if report.ranking is not None else []
     tables += [report.adaptation.verdict] if report.adaptation is not None else []
+    tables += [kinship_table(report.kinship)] if report.kinship else []
     tables += [kept] if report.kept else []
     tables += [f"warning: {told}" for told in report.warnings]
     return [*tables, *([_tuned_table(report.tune)] if report.tune is not None else [])]
@@ -220,12 +253,33 @@ def whatif_table(outcomes: Sequence["Outcome"]) -> Table:
     return table("Components kept", columns=("k", *names), rows=rows)
 
 
+def tick_tables(found: "TickResult") -> list[Any]:
+    """What a tick found, did, and released."""
+    tables = run_tables(found.run) if found.run is not None else []
+    tables += [f"left out: {name}: {why}" for name, why in found.skipped.items()]
+    tables += [f"warning: {told}" for told in found.warnings]
+    current = f"release {found.release.n}: {found.release.model}" if found.release else "no release"
+    return [*tables, f"{found.status}: {found.why}", current]
+
+
+def releases_table(releases: Sequence["Release"]) -> Table:
+    """Releases, oldest first."""
+    return table(
+        "Releases",
+        columns=("n", "released", "model", "why"),
+        rows=((r.n, r.released_at, r.model, r.why) for r in releases),
+    )
+
+
+_OUTCOMES = {True: "held", False: "FAILED", None: "not checked"}
+
+
 def verify_table(checks: Sequence["Check"]) -> Table:
     """Claims and whether they held."""
     return table(
         "Claims",
         columns=("claim", "", "detail"),
-        rows=((c.claim, "held" if c.held else "FAILED", c.detail) for c in checks),
+        rows=((c.claim, _OUTCOMES[c.held], c.detail) for c in checks),
     )
 
 

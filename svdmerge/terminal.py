@@ -1,6 +1,7 @@
 """What every command of the command line shares: options, results, errors, progress."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -8,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from svdmerge.errors import RecipeError, SvdmergeError
+from svdmerge.logs import is_json
 
 if TYPE_CHECKING:
     from svdmerge.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable result.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")]
@@ -20,11 +24,15 @@ Address = Annotated[
 ]
 
 
-def progress() -> "Progress":
-    """Bars, or lines, on standard error."""
-    from svdmerge.progress import TerminalProgress
+# 128 + SIGINT, as shells have it.
+INTERRUPTED = 130
 
-    return TerminalProgress()
+
+def progress() -> "Progress":
+    """Bars, or lines, on standard error; nothing where the log tells it."""
+    from svdmerge.progress import SILENT, TerminalProgress
+
+    return SILENT if is_json() else TerminalProgress()
 
 
 def show(as_json: bool, plain: Callable[[], object], tables: Callable[[], Iterable[Any]]) -> None:
@@ -50,9 +58,12 @@ def guard(work: Callable[[], None], *, verbose: bool) -> None:
         lines = [" ".join(str(line).split()) for line in error.args if line]
         _fail("\n".join(lines), 2 if isinstance(error, RecipeError) else 1)
     except KeyboardInterrupt:
-        _fail("interrupted; what is done is kept: the same command goes on from there", 130)
+        _fail("interrupted; what is done is kept: the same command goes on from there", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    if is_json():
+        logger.error(message, extra={"exit_code": code})
+    else:
+        typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code) from None

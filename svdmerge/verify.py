@@ -1,20 +1,18 @@
 """Proof of an output's claims: reloaded, compared with manifest, base and factors."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 
 import torch
-import yaml
 
+from svdmerge.claims import Check, Unchecked, checked
 from svdmerge.core.delta import all_finite
 from svdmerge.core.params import Action
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.errors import OutputError, SvdmergeError
-from svdmerge.recipe import Recipe, parse_recipe
-from svdmerge.storage.checkpoint import FLOATING, Checkpoint, TensorRef, open_checkpoint
+from svdmerge.reload import run_transformers
+from svdmerge.storage.checkpoint import FLOATING, TILE, Checkpoint, TensorRef, open_checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import (
-    RECIPE,
     OutputTensor,
     load_factors,
     merged_tiles,
@@ -22,6 +20,9 @@ from svdmerge.storage.hf_model import (
 )
 from svdmerge.storage.manifest import Committed
 from svdmerge.storage.output import damaged_files, read_manifest
+from svdmerge.training.peft_report import REPORT
+from svdmerge.training.plain import read_recipe
+from svdmerge.verify_adapter import verify_adapter
 
 # Relative Frobenius distance that a cast to the dtype may add: half a unit in the last place of
 # every entry, doubled because the sum before it is rounded too.
@@ -31,27 +32,18 @@ CAST_TOLERANCE = {"F64": 1e-6, "F32": 1e-6, "F16": 1e-3, "BF16": 8e-3}
 OTHER_ROUNDING = {"F64": 1.0, "F32": 0.01, "F16": 0.01, "BF16": 0.01}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One claim: whether it held, and the figure or the fault."""
-
-    claim: str
-    held: bool
-    detail: str
-
-    def to_json(self) -> dict[str, object]:
-        """The check as plain values."""
-        return asdict(self)
-
-
 def verify(out_uri: str) -> list[Check]:
-    """Every claim of an output, checked. A claim that cannot be checked has not held.
+    """Every claim of an output, or of an exported adapter, checked.
+
+    What rests on a claim that does not hold is not checked: it has not held either.
 
     Raises:
         OutputError: the folder has no manifest.
     """
     out = Folder.at(out_uri)
     manifest = read_manifest(out)
+    if manifest is None and out.stat(REPORT) is not None:
+        return verify_adapter(out)
     if manifest is None:
         raise OutputError(
             f"{out.uri}: is no output of svdmerge", "It has no manifest.", "Check the path."
@@ -62,9 +54,13 @@ def verify(out_uri: str) -> list[Check]:
         held=not faults,
         detail="; ".join(faults),
     )
-    checks = [files, _checked("weights reload and are finite", lambda: _finite(out))]
+    checks = [
+        files,
+        checked("weights reload and are finite", lambda: _finite(out)),
+        checked("transformers loads it, with finite outputs", lambda: _runs(out)),
+    ]
     try:
-        plan = make_plan(_recipe(out))
+        plan = make_plan(read_recipe(out))
     except SvdmergeError as error:
         told = str(error.args[0])
         return [*checks, Check(claim="base and sources are as they were", held=False, detail=told)]
@@ -73,26 +69,69 @@ def verify(out_uri: str) -> list[Check]:
     checks.append(Check(claim="base and sources are as they were", held=same, detail=detail))
     if same:
         checks += [
-            _checked("names, shapes and dtypes are the base's", lambda: _like_base(plan, out)[1]),
-            _checked("untouched tensors are the base's bytes", lambda: _untouched(plan, out)),
-            _checked("the rest is base + merged factors", lambda: _merged_as_claimed(plan, out)),
+            checked("names, shapes and dtypes are the base's", lambda: _like_base(plan, out)[1]),
+            checked("untouched tensors are the base's bytes", lambda: _untouched(plan, out)),
+            checked("the rest is base + merged factors", lambda: _merged_as_claimed(plan, out)),
         ]
+    if all(c.held is not False for c in checks):
+        told = "how far it is from base and sources, relative to the base's norm"
+        checks.append(checked(told, lambda: _distances(plan, out)))
     return checks
 
 
-def _checked(claim: str, check: Callable[[], str]) -> Check:
-    try:
-        return Check(claim=claim, held=True, detail=check())
-    except SvdmergeError as error:
-        return Check(claim=claim, held=False, detail=str(error.args[0]))
+def _runs(out: Folder) -> str:
+    if out.stat("config.json") is None:
+        raise Unchecked("it has no config.json")
+    name, found = run_transformers(out.uri)
+    return f"{name}, {len(found)} outputs"
 
 
-def _recipe(out: Folder) -> Recipe:
-    try:
-        raw = yaml.safe_load(out.read(RECIPE))
-    except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OutputError(f"{RECIPE} cannot be read ({type(error).__name__})") from None
-    return parse_recipe(raw, origin=f"{out.uri}/{RECIPE}")
+def _distances(plan: Plan, out: Folder) -> str:
+    """Frobenius norms of the differences of all floating-point tensors together."""
+    merged, squares = open_checkpoint(out.uri), [0.0] * (len(plan.sources) + 2)
+    for name, base in plan.base.tensors.items():
+        if base.dtype in FLOATING:
+            for rows in _row_tiles(base):
+                start = _rows_of(base, rows)
+                other = _rows_of(merged.tensors[name], rows)
+                found = [start, other - start]
+                found += [
+                    other - _source_rows(s.checkpoint, base, rows, start=start)
+                    for s in plan.sources
+                ]
+                squares = [q + float((d**2).sum()) for q, d in zip(squares, found, strict=True)]
+    size, *rest = (q**0.5 for q in squares)
+    names = ["base", *(s.reference.rstrip("/").rsplit("/", 1)[-1] for s in plan.sources)]
+    norm = max(size, torch.finfo(torch.float32).tiny)
+    return ", ".join(f"{name} {d / norm:.2e}" for name, d in zip(names, rest, strict=True))
+
+
+def _row_tiles(ref: TensorRef) -> Iterator[range]:
+    """Runs of a tensor's rows, of TILE entries or one row."""
+    num = ref.shape[0] if ref.shape else 1
+    height = max(1, TILE * num // max(1, ref.numel))
+    return (range(i, min(i + height, num)) for i in range(0, num if ref.numel else 0, height))
+
+
+def _rows_of(ref: TensorRef, rows: range) -> torch.Tensor:
+    """Entries of some rows, flat, in float64."""
+    width = ref.numel // ref.shape[0] if ref.shape else 1
+    start, count = rows.start * width, len(rows) * width
+    return ref.decode(ref.read_bytes(start=start, count=count), start=start).to(torch.float64)
+
+
+def _source_rows(
+    source: Checkpoint, base: TensorRef, rows: range, *, start: torch.Tensor
+) -> torch.Tensor:
+    """Rows of a source's tensor; what it lacks, or has in another shape, is the base's."""
+    own = source.tensors.get(base.name)
+    found = start if own is None or own.shape != base.shape else _rows_of(own, rows)
+    if base.name not in source.low_rank:
+        return found
+    up, down, _ = source.low_rank[base.name].read()
+    if len(up) == 1:  # a vector
+        return found + (up @ down).reshape(-1)[rows.start : rows.stop]
+    return found + (up[rows.start : rows.stop] @ down).reshape(-1)
 
 
 def _finite(out: Folder) -> str:

@@ -1,6 +1,7 @@
 """The workflow: engine, training and report joined into the commands' work."""
 
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +14,14 @@ import pyarrow.parquet as pq
 
 from svdmerge import __version__
 from svdmerge.core.methods.registry import METHODS
-from svdmerge.engine import assemble, select
+from svdmerge.engine import assemble, kinship, select
 from svdmerge.engine.decompose import decompose, pending
-from svdmerge.engine.estimate import estimate
+from svdmerge.engine.estimate import estimate, unlike
 from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.notices import notices
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.engine.runtime import Runtime, open_runtime
+from svdmerge.engine.tally import FLOPS, MATRICES, RETRIES, STEP_SECONDS, UNIT_SECONDS
 from svdmerge.engine.tasks import Receipt
 from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeError
 from svdmerge.places import check_places
@@ -27,9 +29,11 @@ from svdmerge.progress import SILENT, Progress, Recorded
 from svdmerge.recipe import Recipe, TuneConfig
 from svdmerge.report.card import CardSource, licence_in, model_card
 from svdmerge.report.run_report import RunReport, StageProgress, StageReport
+from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, copy_side_files
+from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, put_file, put_index
 from svdmerge.storage.output import (
+    UNFINISHED,
     Manifest,
     check_ours,
     damaged_files,
@@ -39,9 +43,12 @@ from svdmerge.storage.output import (
     staging,
     written_files,
 )
+from svdmerge.storage.side_files import copy_side_files
 
 if TYPE_CHECKING:
     from svdmerge.targeting import Ranking, Targeting
+
+logger = logging.getLogger(__name__)
 
 DONE = "DONE"
 # What models state, by their names.
@@ -56,18 +63,25 @@ REPORT_S = 2.0
 class Run:
     """One attempt at a plan: its stages, each resuming from what is stored."""
 
-    def __init__(self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT) -> None:
+    def __init__(
+        self, recipe: Recipe, *, runtime: Runtime, progress: Progress = SILENT,
+        earlier: str | None = None,
+    ) -> None:  # fmt: skip
+        """`earlier` is the plan hash of another run, whose factors are taken over where they are
+        the same."""
         self.plan: Plan = prepare(recipe, address=runtime.address)
         self._merged = self.plan
         """The plan as the target's examples changed it: other weights, another strength."""
         self.out = Folder.at(recipe.out)
+        self._earlier = self.plan.store.child(layout.run_path(earlier)) if earlier else None
         self._runtime, self._progress = runtime, Recorded(progress, tell=self._tell)
         self._reported_at = 0.0
         self._attempt = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         self.report = RunReport(
-            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri
-        )
-        self.report.warnings += notices(self.plan)
+            plan_hash=self.plan.hash, out=self.out.uri, store=self.plan.store.uri,
+            unlike=dict[str, dict[str, Any]](unlike(self.plan)),
+        )  # fmt: skip
+        self.report.warnings += [*notices(self.plan), *_unguarded(self.plan.store)]
 
     def all(self) -> RunReport:
         """Every stage that is left to do; the report."""
@@ -82,13 +96,21 @@ class Run:
             self.report.progress = None
         except BaseException as error:
             self.report.status = f"failed: {type(error).__name__}"
+            self._log_status()
             with contextlib.suppress(SvdmergeError):  # the first error is the one to tell
                 self._save_report()
             raise
+        self._log_status()
         self._save_report()
         return self.report
 
-    def decompose(self, *, whole: bool = False) -> None:
+    def _log_status(self) -> None:
+        told = {"plan_hash": self.plan.hash, "attempt": self._attempt, "out": self.out.uri}
+        logger.info("run: %s", self.report.status, extra=told | {"status": self.report.status})
+
+    def decompose(
+        self, *, whole: bool = False, judge: Callable[[Inventory], None] = lambda _: None
+    ) -> None:
         """Store the components that the selection needs and are not stored yet; `whole`: all that
         each source could give by itself."""
         self.plan.run_folder.put("plan.json", _plan_json(self.plan))
@@ -99,6 +121,7 @@ class Run:
                 runtime=self._runtime,
                 progress=self._progress,
                 whole=whole,
+                judge=judge,
             ),
         )
 
@@ -149,7 +172,12 @@ class Run:
         return Targeting(self.plan, config, runtime=self._runtime, progress=self._progress)
 
     def select(self) -> pa.Table:
-        """The selection. Raises: StoreError, if a source is not decomposed."""
+        """The selection.
+
+        Raises:
+            StoreError: a source is not decomposed.
+            MismatchError: a source seems to come from another base.
+        """
         inventory = self._inventory()
         if missing := next(pending(self.plan, inventory), None):
             raise StoreError(
@@ -157,6 +185,7 @@ class Run:
                 f"First missing: {missing.name}.",
                 "Run `svdmerge decompose` first.",
             )
+        self._judge(inventory)
         self.adapt()
         table: list[pa.Table] = []
 
@@ -191,7 +220,7 @@ class Run:
             "merge",
             lambda: assemble.merge_factors(
                 self._merged, selection, attempt=self._attempt, runtime=self._runtime,
-                progress=self._progress,
+                progress=self._progress, earlier=self._earlier,
             ),
         )  # fmt: skip
         self._timed("write", lambda: self._write(selection))
@@ -235,35 +264,54 @@ class Run:
             self.report.status = "unchanged"
             self.adapt()  # what was chosen then holds, and is told again
         else:
-            self.decompose()
+            # After the first round, before what may be wrong is decomposed any deeper.
+            self.decompose(judge=self._judge)
             self.assemble(self.select())
         if self.plan.recipe.tune is not None:
             self.tune()
+
+    def _judge(self, inventory: Inventory) -> None:
+        """Refuse sources that seem to come from another base; once is enough."""
+        if not self.report.kinship:
+            self.report.kinship = dict(
+                kinship.stored_kinships(
+                    self.plan, inventory, runtime=self._runtime, progress=self._progress
+                )
+            )
+            self.report.warnings += kinship.judge(self.plan, self.report.kinship)
 
     def _inventory(self) -> Inventory:
         return take_inventory(self.plan, runtime=self._runtime, progress=self._progress)
 
     def _is_done(self) -> bool:
         """Whether the output is that of this plan, and whole."""
-        if self.plan.run_folder.stat(DONE) is None:
+        if self.plan.run_folder.stat(DONE) is None or self.out.stat(UNFINISHED) is not None:
             return False
         manifest = read_manifest(self.out)
         if manifest is None or manifest.plan_hash != self.plan.hash:
             return False
-        return not damaged_files(self.out, manifest)
+        return assemble.has_layout(self.plan, manifest.files) and not damaged_files(
+            self.out, manifest
+        )
 
     def _timed(self, name: str, work: Callable[[], Sequence[Receipt]]) -> None:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._runtime.tally.counts()
         receipts = work()
+        counted = self._runtime.tally.counts().since(before)
         self.report.stages.append(
             StageReport(
                 name=name,
                 num_units=len(receipts),
                 seconds=time.perf_counter() - start,
                 num_matrices=sum(r.num_matrices for r in receipts),
+                num_reused=int(counted.by("state", MATRICES).get("reused", 0)),
                 bytes_read=sum(r.bytes_read for r in receipts),
                 bytes_stored=sum(r.bytes_stored for r in receipts),
                 peak_worker_rss_bytes=max((r.peak_rss_bytes for r in receipts), default=0),
+                flops=counted.total(FLOPS),
+                unit_seconds=counted.total(UNIT_SECONDS),
+                step_seconds=counted.by("step", STEP_SECONDS),
+                retries={cause: int(num) for cause, num in counted.by("cause", RETRIES).items()},
             )
         )
 
@@ -279,6 +327,7 @@ class Run:
                 plan, staged, provenance=found, licences=licences, report=self.report
             )
             copy_side_files(plan.base, staged)
+            written += put_index(staged, assemble.output_files(plan))
             publish(staged, self.out, manifest=_manifest(plan, staged, written, licences))
         finally:
             release(staged)
@@ -369,6 +418,16 @@ def prepare(recipe: Recipe, *, address: str) -> Plan:
     return plan
 
 
+def _unguarded(store: Folder) -> list[str]:
+    """What is told of a store where two runs at once would not notice each other."""
+    if store.enforces_put_once():
+        return []
+    return [
+        f"{store.uri}: does not enforce put-once (If-None-Match), so the last of two writers wins: "
+        "run one command at a time on it"
+    ]
+
+
 def _check_shared(plan: Plan, out: Folder, *, address: str) -> None:
     """Other processes do not see this one's memory filesystem."""
     folders = [plan.store, out, plan.base.folder, *(s.checkpoint.folder for s in plan.sources)]
@@ -420,9 +479,9 @@ def _side_files(
         summary=summary_of(plan.recipe, num_sources=len(plan.sources)) + _chosen(report),
     )
     return [
-        assemble.put_file(out, PROVENANCE, provenance),
-        assemble.put_file(out, RECIPE, recipe_yaml.encode()),
-        assemble.put_file(out, "README.md", card.encode()),
+        put_file(out, PROVENANCE, provenance),
+        put_file(out, RECIPE, recipe_yaml.encode()),
+        put_file(out, "README.md", card.encode()),
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Generator
 
 import pytest
 import torch
+from fake_hub import Hub, serving
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
@@ -56,6 +57,23 @@ def s3_uri(s3_server: str) -> str:
     name = f"bucket-{os.urandom(6).hex()}"
     boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Generator[Hub]:
+    """A hub that this process's libraries take for the real one."""
+    from huggingface_hub import HfFileSystem, constants
+
+    with serving() as found:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, found.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", found.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", found.token)
+        HfFileSystem.clear_instance_cache()
+        yield found
+        HfFileSystem.clear_instance_cache()
 
 
 @pytest.fixture

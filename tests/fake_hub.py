@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 # Files from this size on go by LFS, whatever they are; and weights always.
 LFS_BYTES = 10_000
 Files = dict[str, bytes]
@@ -26,6 +28,8 @@ class Hub:
     token: str = "hf_secret_of_the_test"
     repos: dict[str, list[tuple[str, Files]]] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
+    buckets: dict[str, Files] = field(default_factory=dict[str, Files])
+    """Files of buckets, which have no commits."""
     lfs: Files = field(default_factory=dict)
     asked: Counter[str] = field(default_factory=Counter)
     bytes_sent: Counter[str] = field(default_factory=Counter)
@@ -40,6 +44,14 @@ class Hub:
         text = f"{repo} {len(history)} {sorted(held)}".encode() + b"".join(held.values())
         history.append((hashlib.sha1(text).hexdigest(), held))
         return history[-1][0]
+
+    def tags(self, repo: str) -> set[str]:
+        """What a repository is listed by: its card's tags and `base_model`."""
+        card = self.repos[repo][-1][1].get("README.md", b"").decode().split("---")
+        front = (yaml.safe_load(card[1]) if len(card) > 2 else None) or {}
+        base = front.get("base_model")
+        kind = front.get("base_model_relation", "finetune")
+        return {*front.get("tags", []), *([f"base_model:{kind}:{base}"] if base else [])}
 
     def at(self, repo: str, revision: str) -> tuple[str, Files] | None:
         """The commit that a revision names."""
@@ -137,6 +149,22 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- reading ---
 
+    def listing(self, body: bytes) -> None:
+        """Models whose cards name a base and tags, and that the caller may see; one a page."""
+        asked = parse_qs(urlsplit(self.path).query)
+        allowed = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        author, start = asked.get("author", [""])[0], int(asked.get("cursor", ["0"])[0])
+        found = [
+            {"id": repo, "modelId": repo, "tags": sorted(tags)}
+            for repo, tags in sorted((r, self.hub.tags(r)) for r in self.hub.repos)
+            if set(asked.get("filter", [])) <= tags and repo.startswith(author)
+            and (allowed or repo not in self.hub.private)
+        ]  # fmt: skip
+        query = "&".join(f"filter={f}" for f in asked.get("filter", [])) + f"&author={author}"
+        following = f"{self.hub.address}/api/models?{query}&cursor={start + 1}"
+        more = {"Link": f'<{following}>; rel="next"'} if start + 1 < len(found) else {}
+        self.answer(found[start : start + 1], **more)
+
     def info(self, body: bytes, repo: str, revision: str | None = None) -> None:
         commit = self.found(repo, revision or "main")
         if commit is not None:
@@ -186,6 +214,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         data = commit[1][path]
         headers = {"X_Repo_Commit": commit[0], "ETag": f'"{entry(path, data)["oid"]}"'}
+        self.send(path, data, **headers)
+
+    def send(self, path: str, data: bytes, **headers: str) -> None:
+        """A file, or the range of it that was asked for."""
         headers |= {"Accept_Ranges": "bytes", "X_Linked_Size": str(len(data))}
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         part = data
@@ -196,6 +228,39 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.hub.bytes_sent[path] += len(part)
         self.answer(part, status=206 if span else 200, **headers)
+
+    # --- buckets ---
+
+    def bucket(self, body: bytes, repo: str) -> None:
+        if repo not in self.hub.buckets:
+            self.fail(404, "RepoNotFound")
+            return
+        files = self.hub.buckets[repo]
+        self.answer(
+            {"id": repo, "private": False, "createdAt": "2026-01-01T00:00:00.000Z",
+             "size": sum(map(len, files.values())), "totalFiles": len(files)}
+        )  # fmt: skip
+
+    def bucket_tree(self, body: bytes, repo: str, prefix: str | None = None) -> None:
+        below = {n: d for n, d in self.hub.buckets[repo].items() if n.startswith(prefix or "")}
+        listed = [
+            {"type": "file", "path": n, "size": len(d), "xetHash": hashlib.sha256(d).hexdigest(),
+             "mtime": "2026-01-01T00:00:00.000Z"}
+            for n, d in below.items()
+        ]  # fmt: skip
+        if "recursive=true" not in self.path.lower():
+            start = f"{prefix}/" if prefix else ""
+            inside = [n for n in below if "/" in n.removeprefix(start)]
+            folders = {start + n.removeprefix(start).split("/")[0] for n in inside}
+            listed = [x for x in listed if x["path"] not in inside]
+            listed += [{"type": "directory", "path": f} for f in sorted(folders)]
+        self.answer(listed)
+
+    def bucket_file(self, body: bytes, repo: str, path: str) -> None:
+        if path not in self.hub.buckets.get(repo, {}):
+            self.fail(404, "EntryNotFound")
+            return
+        self.send(path, self.hub.buckets[repo][path])
 
     # --- writing ---
 
@@ -279,6 +344,7 @@ _AT = r"(?P<revision>[^/]+)"
 ROUTES = [
     (kind, verb, re.compile(pattern))
     for kind, verb, pattern in [
+        ("listing", "GET", r"/api/models"),
         ("create", "POST", r"/api/repos/create"),
         ("validate", "POST", r"/api/validate-yaml"),
         ("preupload", "POST", rf"/api/models/{_REPO}/preupload/{_AT}"),
@@ -286,6 +352,9 @@ ROUTES = [
         ("paths", "POST", rf"/api/models/{_REPO}/paths-info/{_AT}"),
         ("tree", "GET", rf"/api/models/{_REPO}/tree/{_AT}(?P<path>/.*)?"),
         ("info", "GET", rf"/api/models/{_REPO}(/revision/{_AT})?"),
+        ("bucket", "GET", rf"/api/buckets/{_REPO}"),
+        ("bucket_tree", "GET", rf"/api/buckets/{_REPO}/tree(/(?P<prefix>.*))?"),
+        ("bucket_file", "GET", rf"/buckets/{_REPO}/resolve/(?P<path>.+)"),
         ("batch", "POST", rf"/{_REPO}\.git/info/lfs/objects/batch"),
         ("upload", "PUT", r"/lfs/(?P<oid>\w+)"),
         ("resolve", "GET", rf"/{_REPO}/resolve/{_AT}/(?P<path>.+)"),

@@ -37,6 +37,8 @@ class Bench:
     root: Path
     base: Path
     sources: tuple[Path, ...]
+    admit: bool = False
+    """For made-up differences, as large as the base or larger."""
 
     @property
     def out(self) -> Path:
@@ -51,7 +53,9 @@ class Bench:
         method = METHODS.get(str(changes.get("merge_method", "axis")))
         return {
             "base_model": str(self.base),
-            "models": [str(s) for s in self.sources],
+            "models": [
+                {"model": str(s), "admit": True} if self.admit else str(s) for s in self.sources
+            ],
             "parameters": {} if method is not None and "k" not in method.parameters else {"k": K},
             "store": str(self.store),
             "out": str(self.out),

@@ -27,6 +27,10 @@ class Unreliable:
     """Of bodies read: cut short, the connection closed."""
     lying_share: float = 0.0
     """Of ranges read: shorter than asked for, and declared so."""
+    unconditional: bool = False
+    """Whether it takes no notice of conditions on writes."""
+    stale_share: float = 0.0
+    """Of listings: as they were when the same was asked before."""
     flipped: str = ""
     """Part of a key whose bodies have a bit turned."""
     latency_s: float = 0.0
@@ -35,6 +39,8 @@ class Unreliable:
     bytes_sent: Counter[str] = field(default_factory=Counter)
     """By key."""
     faults: Counter[str] = field(default_factory=Counter)
+    listings: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    """The last true answer, by what was asked."""
 
     def draws(self, kind: str, share: float) -> bool:
         """Whether a fault of a kind happens now."""
@@ -57,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         how: Unreliable = self.server.how
         body = self._body()
         time.sleep(how.latency_s)
+        if how.unconditional:
+            del self.headers["If-None-Match"]
         writes = self.command in ("PUT", "POST", "DELETE")
         fails = how.draws("error", how.error_share)
         if fails and not (writes and how.draws("late error", 0.5)):
@@ -73,6 +81,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         key = unquote(urlsplit(self.path).path)
         if self.command == "GET" and response.status < 300 and data:
+            if "list-type" in self.path:
+                data = self._dated(how, data)
             data = self._damaged(how, key, data, headers)
             with how.lock:
                 how.bytes_sent[key] += len(data or b"")
@@ -81,6 +91,12 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(response.status, headers, data)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on
+
+    def _dated(self, how: Unreliable, data: bytes) -> bytes:
+        """What is sent of a listing."""
+        before = how.listings.get(self.path, data)
+        how.listings[self.path] = data
+        return before if before != data and how.draws("stale", how.stale_share) else data
 
     def _damaged(
         self, how: Unreliable, key: str, data: bytes, headers: dict[str, str]

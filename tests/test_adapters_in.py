@@ -61,8 +61,10 @@ def tuned_in(folder: Path, name: str, *, seed: int) -> Weights:
 
 
 def recipe(folder: Path, models: list[str], **fields: Any) -> Recipe:
+    """Random changes are as large as a base that was never trained."""
     raw = {
-        "base_model": str(folder / "base"), "models": models, "parameters": {"k": "30%"},
+        "base_model": str(folder / "base"), "parameters": {"k": "30%"},
+        "models": [{"model": model, "admit": True} for model in models],
         "store": str(folder / "store"), "out": str(folder / "out"),
     }  # fmt: skip
     return parse_recipe(raw | fields)

@@ -19,12 +19,15 @@ from svdmerge.cli import app
 
 FLAGS = {
     "demo": ["--address", "--json", "--out", "--verbose", "-v"],
-    "plan": ["--json", "--verbose", "-v", "RECIPE"],
-    "run": ["--address", "--json", "--verbose", "-v", "RECIPE"],
+    "plan": ["--deep", "--json", "--verbose", "-v", "RECIPE"],
+    "run": ["--address", "--json", "--max-shard-size", "--verbose", "-v", "RECIPE"],
     "decompose": ["--address", "--json", "--verbose", "-v", "RECIPE"],
     "select": ["--address", "--json", "--verbose", "-v", "RECIPE"],
-    "assemble": ["--address", "--json", "--verbose", "-v", "RECIPE"],
+    "assemble": ["--address", "--json", "--max-shard-size", "--verbose", "-v", "RECIPE"],
     "tune": ["--address", "--json", "--verbose", "-v", "RECIPE"],
+    "tick": ["--address", "--json", "--verbose", "--watch", "-v", "RECIPE"],
+    "rollback": ["--json", "--verbose", "-v", "N", "RECIPE"],
+    "releases": ["--json", "--verbose", "-v", "RECIPE"],
     "rank": ["--address", "--examples", "--json", "--verbose", "-v", "RECIPE"],
     "adapter export": [
         "--base",
@@ -32,10 +35,12 @@ FLAGS = {
         "--format",
         "--json",
         "--merged",
+        "--model",
+        "--rank",
         "--to",
         "--verbose",
         "-v",
-        "TUNED",
+        "FOLDER",
     ],
     "whatif": [
         "--json",
@@ -128,15 +133,60 @@ print("loaded", *sorted({"torch", "ray", "transformers", "jaxtyping"} & set(sys.
 """
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["plan", "--json"], ["plan"]])
-def test_help_and_plan_load_neither_torch_nor_ray(bench: Bench, flags: list[str]) -> None:
-    if "plan" in flags:
+@pytest.mark.parametrize("flags", [["--help"], ["plan", "--json"], ["plan"], ["tick"]])
+def test_what_computes_nothing_loads_neither_torch_nor_ray(bench: Bench, flags: list[str]) -> None:
+    if "--help" not in flags:
         flags = [*flags, str(bench.write_recipe())]
+    if "tick" in flags:
+        assert svdmerge(*flags, "--address", "none").exit_code == 0
     done = subprocess.run(
         [sys.executable, "-c", LOADED, *flags], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded"
+
+
+# --- tick ---
+
+
+def test_tick_releases_rollback_and_their_list_as_commands(bench: Bench) -> None:
+    recipe = bench.write_recipe(models=[f"{bench.root}/source-*"])
+    first = result("tick", recipe, "--address", "none")
+    assert (first["status"], first["release"]["n"]) == ("released", 1)
+    assert first["run"]["status"] == "done"
+    micro_model(bench.root / "source-9", seed=9, base=bench.base)
+    assert svdmerge("tick", recipe, "--address", "none").exit_code == 0
+    assert result("rollback", recipe)["release"]["n"] == 3
+    assert [r["n"] for r in result("releases", recipe)] == [1, 2, 3]
+    assert "rollback to release 1" in svdmerge("releases", recipe).stdout.replace("\n", " ")
+    assert result("tick", recipe)["status"] == "held"
+    (bench.root / "source-0").mkdir()
+    refused = svdmerge("tick", recipe)
+    assert refused.exit_code == 1
+    assert "refused" in refused.stdout
+
+
+def test_a_watch_goes_on_after_a_failure_until_it_is_interrupted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, pauses = bench.write_recipe(), list[float]()
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 1:
+            (bench.base / "config.json").unlink()
+            (bench.base / "model.safetensors").rename(bench.base / "away")
+        elif len(pauses) == 2:
+            (bench.base / "away").rename(bench.base / "model.safetensors")
+        else:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("svdmerge.cli.time.sleep", sleep)
+    done = svdmerge("tick", recipe, "--watch", "30", "--address", "none")
+    assert done.exit_code == 130
+    assert pauses == [30.0] * 3
+    assert done.stdout.count("released: ") == 2
+    assert "holds no weights" in done.stderr
 
 
 # --- exit codes, errors, results ---
@@ -378,4 +428,5 @@ def test_tensors_a_run_leaves_out_are_told(bench: Bench) -> None:
     told = result("run", bench.write_recipe(), "--address", "none")
     assert "classifier.weight" in told["warnings"][0]
     planned = result("plan", bench.write_recipe())
-    assert planned["ignored"] == {str(bench.sources[0]): ["classifier.weight"]}
+    told = {"kind": "extra", "told": "the base lacks it: left out"}
+    assert planned["unlike"] == {str(bench.sources[0]): {"classifier.weight": told}}

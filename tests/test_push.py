@@ -1,38 +1,21 @@
 """Outputs go to a hub whole, in one commit, and models come from it by ranges."""
 
 import shutil
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from fake_hub import Hub, serving
+from fake_hub import Hub
 from merging import Bench, micro_bench
 
 from svdmerge.errors import CheckpointError, OutputError, StoreError
 from svdmerge.push import push
 from svdmerge.recipe import parse_recipe
 from svdmerge.storage.checkpoint import open_checkpoint
+from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.model_ref import pinned
 from svdmerge.workflow import run
 
 REPO = "org/merged"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Generator[Hub]:
-    """A hub that this process's libraries take for the real one."""
-    from huggingface_hub import HfFileSystem, constants
-
-    with serving() as found:
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, found.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", found.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", found.token)
-        HfFileSystem.clear_instance_cache()
-        yield found
-        HfFileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +110,34 @@ def test_models_of_the_hub_merge_as_local_ones_do(hub: Hub, bench: Bench, tmp_pa
     run(parse_recipe(fields), address="none")
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (bench.out / name).read_bytes()
+
+
+def test_models_in_buckets_of_the_hub_merge_so_too(hub: Hub, bench: Bench, tmp_path: Path) -> None:
+    recipe = bench.recipe()
+    models = [recipe.base_model, *(m.model for m in recipe.models)]
+    hub.buckets["org/models"] = {
+        f"{i}/{name}": data for i, m in enumerate(models) for name, data in files(Path(m)).items()
+    }
+    base, *sources = [f"hf://buckets/org/models/{i}" for i in range(len(models))]
+    places = {"store": str(tmp_path / "store"), "out": str(tmp_path / "out")}
+    run(bench.recipe(base_model=base, models=sources, **places), address="none")
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (bench.out / name).read_bytes()
+
+
+def test_what_another_process_put_into_a_bucket_is_seen_at_once(hub: Hub) -> None:
+    hub.buckets["org/b"] = {"store/a/x": b"1"}
+    folder = Folder.at("hf://buckets/org/b/store")
+    assert folder.find() == {"a/x": 1}
+    hub.buckets["org/b"]["store/a/y"] = b"22"
+    assert folder.find() == {"a/x": 1, "a/y": 2}
+    assert folder.child("a").names() == ["x", "y"]
+    stat = folder.stat("a/x")
+    assert stat is not None
+    hub.buckets["org/b"]["store/a/x"] = b"333"
+    assert folder.stat("a/x") not in (None, stat)
+    assert folder.read("a/x") == b"333"
+    assert not folder.exists("a/z")
 
 
 def test_a_branch_is_pinned_to_its_commit(hub: Hub, bench: Bench) -> None:

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from svdmerge.core.params import Policy
 from svdmerge.errors import RecipeError
-from svdmerge.recipe import Recipe, TuneConfig, load_recipe, parse_bytes, parse_recipe
+from svdmerge.recipe import (
+    Recipe,
+    TuneConfig,
+    load_recipe,
+    parse_bytes,
+    parse_recipe,
+    parse_rows,
+)  # fmt: skip
 
 LEAST: dict[str, Any] = {"base_model": "base", "models": ["one", "two"]}
 TUNE = {"train": "train.parquet", "test": "test.parquet"}
@@ -166,7 +173,64 @@ def test_policies_keep_their_order() -> None:
     )
 
 
-@pytest.mark.parametrize("policy", ["keep", "", None, "equal"])
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({}, "expected `policy`, `missing`, `mismatch` or `extra`"),
+        ({"policy": None}, "expected `policy`"),
+        ({"missing": "skip"}, "policies.0.missing"),
+        ({"mismatch": "crop"}, "policies.0.mismatch"),
+        ({"extra": "keep"}, "policies.0.extra"),
+    ],
+)
+def test_a_policy_says_something_known(rule: dict[str, Any], told: str) -> None:
+    assert told in refusal(LEAST | {"policies": [{"match": "*", **rule}]})
+
+
+def test_the_first_policy_that_says_so_rules() -> None:
+    rules = [
+        {"match": "a.*", "policy": "base"},
+        {"match": "a.b", "missing": "error"},
+        {"match": "*", "missing": "base", "extra": "error"},
+    ]
+    recipe = parse_recipe(LEAST | {"policies": rules})
+    assert [recipe.ruling("missing", n) for n in ("a.b", "a.c")] == ["error", "base"]
+    assert recipe.ruling("mismatch", "a.b") is None
+    assert recipe.rules == (Policy(match="a.*", policy="base"),)
+    assert recipe.dump()["policies"] == rules
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"h.*.qkv": ["h.*.q", "h.0.k"]}, "h.0.k"),
+        ({"a": []}, "expected tensors of the source"),
+        ({"a": 3}, "models.0"),
+        ({"a": {"b": 1}}, "models.0"),
+    ],
+)
+def test_a_mapping_that_cannot_be_followed_is_refused(tensors: object, told: str) -> None:
+    assert told in refusal(LEAST | {"models": [{"model": "m", "tensors": tensors}]})
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("a.w", ("a.w", 0, None)),
+        ("a.w[2:5]", ("a.w", 2, 5)),
+        ("a.w[2:]", ("a.w", 2, None)),
+        ("a.w[:5]", ("a.w", 0, 5)),
+        ("experts.w[0]", ("experts.w[0]", 0, None)),
+    ],
+)
+def test_rows_of_a_tensor_are_read_from_its_name(
+    text: str, rows: tuple[str, int, int | None]
+) -> None:
+    found = parse_rows(text)
+    assert (found.tensor, found.first, found.stop) == rows
+
+
+@pytest.mark.parametrize("policy", ["keep", "", "equal"])
 def test_an_unknown_policy_is_refused(policy: object) -> None:
     text = refusal(LEAST | {"policies": [{"match": "*", "policy": policy}]})
     assert "policies.0.policy" in text
@@ -264,7 +328,7 @@ def recipes() -> st.SearchStrategy[dict[str, Any]]:
             "policies": st.lists(policy, max_size=3),
             "store": name,
             "out": name,
-            "max_shard_size": st.integers(1, 10**13),
+            "max_shard_size": st.one_of(st.just("base"), st.integers(1, 10**13)),
             "resources": st.fixed_dictionaries({"memory": st.integers(1, 10**13)}),
             "tune": st.just(TUNE),
         },

@@ -88,7 +88,7 @@ def test_weights_and_scale_and_salience_mean_what_they_say(bench: Bench, salienc
 
 def test_relative_salience_takes_the_slots_of_a_loud_source_away(bench: Bench) -> None:
     loud = str(tiny.tiny_source(bench.root / "loud", bench.base, 9, scale=1.0))
-    models = [*map(str, bench.sources), loud]
+    models = [*map(str, bench.sources), {"model": loud, "admit": True}]
     by_sigma = bench.run(models=models, parameters={"k": "20%", "salience": "sigma"})
     by_share = bench.run(models=models, parameters={"k": "20%", "salience": "relative"})
     assert by_sigma.kept[loud] == sum(by_sigma.kept.values())
@@ -201,7 +201,7 @@ def test_the_adaptive_solver_merges_as_the_exact_one_and_stores_little(tmp_path:
     base = model("base", 0)
     start = tiny.read_model(base)["a.weight"].double()
     sources = tuple(model(f"{i}", i, start, size=3.0 if i == 1 else 1.0) for i in (1, 2, 3, 4))
-    bench = Bench(root=tmp_path, base=base, sources=sources)
+    bench = Bench(root=tmp_path, base=base, sources=sources, admit=True)
     changes = {"parameters": {"k": 36}}
     bench.run(**changes)
     assert_is_axis(bench, changes, k=36)
@@ -284,7 +284,7 @@ def test_sharded_inputs_give_the_bytes_of_single_files(tmp_path: Path) -> None:
     sources = tuple(tiny.tiny_source(tmp_path / f"s{i}", base, i, shards=2) for i in (1, 2, 3))
     sharded = Bench(root=tmp_path, base=base, sources=sources)
     single.run()
-    sharded.run()
+    sharded.run(max_shard_size="1GB")
     assert weights(sharded.out) == weights(single.out)
 
 
@@ -673,6 +673,7 @@ def test_a_run_in_between_with_other_depths_of_alike_units_hides_nothing(tmp_pat
         root=tmp_path,
         base=tiny.write_model(tmp_path / "base", base),
         sources=tuple(tiny.write_model(tmp_path / f"source-{i}", m) for i, m in enumerate(models)),
+        admit=True,
     )
     plan, shares = bench.plan(parameters={"k": 20}), {"parameters": {"k": 0.41}}
     assert [plan.depth(p) for p in plan.parameters] == [32, 32]

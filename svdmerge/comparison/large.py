@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svdmerge.engine.row_tasks import PassReceipt, Survey
 from svdmerge.engine.runtime import Runtime, Unit
+from svdmerge.engine.tally import Tally
 from svdmerge.engine.tasks import Receipt, peak_rss_bytes
 from svdmerge.progress import SILENT, Progress
 
@@ -79,6 +80,11 @@ class Watched:
     def address(self) -> str:
         """Where units run."""
         return self.inner.address
+
+    @property
+    def tally(self) -> Tally:
+        """What the units come to."""
+        return self.inner.tally
 
     def map(
         self,

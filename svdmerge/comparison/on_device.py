@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from svdmerge.engine.device import Pair, deltas_on, device_class, stacks
-from svdmerge.engine.stacked import first_blocks_on
+from svdmerge.engine.stacked import FirstBlock, first_blocks_on
 
 # (m, n) and how many of them: attention and feed-forward matrices of 32 layers of a 7B model.
 SCALES: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -35,7 +35,11 @@ class DeviceCost:
     ours: float
     """Copying, first blocks with certificates, and components back."""
     complete: int
-    """Matrices whose change was found whole, and nothing else above the edge of the noise."""
+    """Matrices whose change was found whole: all of it above the edge of the noise, and nothing
+    left that could be larger."""
+    besides: int
+    """Values above the edge beyond those: rounding noise follows the change, and is no more noise
+    of independent entries then."""
 
 
 def synthetic_source(scale: str, *, device: torch.device) -> list[Pair]:
@@ -74,17 +78,15 @@ def measure_device(pairs: Sequence[Pair], *, device: torch.device, repeats: int)
     """The costs, once everything has run once."""
     stacked = list(stacks(pairs))
     times: dict[str, list[float]] = {"copying": [], "ours": []}
-    complete = 0
+    complete, besides = 0, 0
     for repeat in range(repeats + 1):
         start = _now(device)
         for deltas in deltas_on(device, stacked):
             del deltas
         copied = _now(device)
-        complete = sum(
-            int((found.block.components.s > found.noise).sum()) == RANK
-            and found.block.bound <= float(found.block.components.s[RANK - 1])
-            for found in first_blocks_on(device, pairs)
-        )
+        above = [_above(found) for found in first_blocks_on(device, pairs)]
+        complete = sum(count >= RANK for count in above)
+        besides = sum(max(0, count - RANK) for count in above)
         if repeat:
             times["copying"].append(copied - start)
             times["ours"].append(_now(device) - copied)
@@ -95,7 +97,15 @@ def measure_device(pairs: Sequence[Pair], *, device: torch.device, repeats: int)
         copying=sorted(times["copying"])[repeats // 2],
         ours=sorted(times["ours"])[repeats // 2],
         complete=complete,
+        besides=besides,
     )
+
+
+def _above(found: FirstBlock) -> int:
+    """Components above the edge of the noise; none if one of the change might be missing."""
+    s = found.block.components.s
+    count = int((s > found.noise).sum())
+    return count if count >= RANK and found.block.bound <= float(s[RANK - 1]) else 0
 
 
 def _now(device: torch.device) -> float:

@@ -84,7 +84,7 @@ def _listed(key: str, base: Checkpoint, source: Checkpoint, name: str, *, noisy:
     found = exact(d)
     spectrum = Spectrum(
         parameter=name, sha256=key, m=d.shape[0], n=d.shape[1], bound=0.0, first=0,
-        fro=float(torch.linalg.vector_norm(d)), solver="exact",
+        fro=float(torch.linalg.vector_norm(d)), base_fro=None, solver="exact",
         noise=noise_edge(d, leading=found.slice(0, WIDTH)), s=found.s.float().numpy(),
     )  # fmt: skip
     return Listed(sha256=key, source=key, weight=1.0, spectra=[spectrum])

@@ -55,7 +55,8 @@ def made_spectrum(source: int, parameter: Parameter) -> Spectrum:
     s = made_values(parameter.rank, generator)
     return Spectrum(
         parameter=parameter.id, sha256=digest, m=parameter.m, n=parameter.n,
-        fro=float(np.linalg.norm(s)), bound=0.0, noise=float(s[-1]), first=0, s=s, solver="exact",
+        fro=float(np.linalg.norm(s)), base_fro=None, bound=0.0, noise=float(s[-1]),
+        first=0, s=s, solver="exact",
     )  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def _listed(
     name = f"{source:064d}"
     spectrum = Spectrum(
         parameter=parameter.id, sha256=name, m=parameter.m, n=parameter.n, fro=1.0, bound=0.0,
-        noise=0.0, first=0, s=law * scale, solver="made up",
+        base_fro=None, noise=0.0, first=0, s=law * scale, solver="made up",
     )  # fmt: skip
     return Listed(sha256=name, source=name, weight=1.0, spectra=[spectrum])
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from svdmerge.recipe import TuneConfig
 from svdmerge.storage.checkpoint import SINGLE, Checkpoint, open_checkpoint
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import copy_side_files
+from svdmerge.storage.side_files import copy_side_files
 from svdmerge.training.backbone import build_backbone, load_weights
 from svdmerge.training.data import load_training
 from svdmerge.training.features import extract

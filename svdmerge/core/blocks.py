@@ -127,8 +127,8 @@ def lanczos_block(
 
 
 def exact_block(delta: Float[Tensor, "m n"], *, stored: RankOneComponents) -> Block:
-    """All components that follow those stored, in float64."""
-    return Block(components=_rest(delta, stored), bound=0.0, solver=EXACT)
+    """All components that follow those stored, in float64 and the host's memory."""
+    return Block(components=_rest(delta, stored).on("cpu"), bound=0.0, solver=EXACT)
 
 
 def _suits_float32(fro: float) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svdmerge.core.deflated import Deflated, without
 from svdmerge.core.products import Products
+from svdmerge.core.svd import random_starts
 
 # Random starts. The bound fails only if all of them are nearly orthogonal to one direction; sixteen
 # columns cost a matrix product little more than eight.
@@ -60,8 +61,8 @@ Run = tuple[Float[Array, " b"], Float[Array, "k b"], Float[Array, "k b"]]
 
 def _lanczos(b: Deflated, *, seeds: Sequence[int]) -> list[Run]:
     *batch, _, n = b.a.shape
-    starts = [torch.randn(n, STARTS, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    x = without(torch.stack(starts).reshape(*batch, n, STARTS).to(b.v), b.v)
+    starts = random_starts(n, STARTS, seeds=seeds, device=b.v.device)
+    x = without(starts.reshape(*batch, n, STARTS).to(b.v), b.v)
     lengths = torch.linalg.vector_norm(x, dim=-2, keepdim=True, dtype=torch.float64)
     x = x / lengths.to(x)
     before, beta = torch.zeros_like(x), torch.zeros_like(lengths).to(x)

@@ -47,8 +47,8 @@ def lanczos_attempts(
     a: Products, known: RankOneComponents, *, fros: Sequence[float], seeds: Sequence[int],
     steps: int, restarts: int = 0,
 ) -> list[Attempt]:  # fmt: skip
-    """The block after those known of each matrix of A; maybe empty. For `restarts`
-    see `leading`."""
+    """The block after those known of each matrix of A, in the host's memory; maybe empty. For
+    `restarts` see `leading`."""
     rank, known = min(a.shape[-2:]), known.on(a.device)
     ritz = leading(
         a, known=known, width=min(block_width(rank), rank - len(known)), max_steps=steps,
@@ -56,11 +56,11 @@ def lanczos_attempts(
     )  # fmt: skip
     if not any(ritz.converged) and not any(ritz.hidden):
         # Another solver's turn: a certificate would be for nothing.
-        found = [none(*a.shape[-2:]).to(torch.float64).on(a.device)] * len(seeds)
+        found = [none(*a.shape[-2:]).to(torch.float64)] * len(seeds)
         bounds = [*fros]
     else:
-        found = _found(a, ritz.right, known, converged=ritz.converged)
-        bounds = _bounds(a, known, found, fros=fros, seeds=seeds)
+        found, vh = _found(a, ritz.right, known, converged=ritz.converged)
+        bounds = _bounds(a, known, found, vh=vh, fros=fros, seeds=seeds)
     solver = f"lanczos {str(a.dtype).removeprefix('torch.')}"
     return [
         Attempt(block=Block(components=c, bound=bound, solver=solver), is_hidden=hidden)
@@ -71,36 +71,39 @@ def lanczos_attempts(
 def _found(
     a: Products, right: Float[Tensor, "*b n w"], known: RankOneComponents, *,
     converged: Sequence[int],
-) -> list[RankOneComponents]:  # fmt: skip
-    """Each matrix's components, as many as have converged: all take part in finding them."""
+) -> tuple[list[RankOneComponents], Float[Tensor, "b k n"]]:  # fmt: skip
+    """Each matrix's components, as many as have converged: all take part in finding them. And on
+    A's device the right ones, zero where a matrix has fewer than another."""
     u, s, vh = rayleigh_ritz(a, right, known)
     (m, n), w = a.shape[-2:], s.shape[-1]
-    stack = zip(u.reshape(-1, m, w), s.reshape(-1, w), vh.reshape(-1, w, n), strict=True)
-    every = [RankOneComponents(u=u, s=s, vh=vh) for u, s, vh in stack]
-    counts = [
-        min(count, int((c.s > 0).sum())) for count, c in zip(converged, every, strict=True)
-    ]  # fmt: skip
-    return [svd.fix_signs(c.slice(0, k)) for c, k in zip(every, counts, strict=True)]
+    u, s, vh = u.reshape(-1, m, w), s.reshape(-1, w), vh.reshape(-1, w, n)
+    values = s.cpu()
+    positive = (values > 0).sum(dim=-1).tolist()
+    counts = [min(count, most) for count, most in zip(converged, positive, strict=True)]
+    k = max(counts)
+    kept = torch.arange(k) < torch.tensor(counts)[:, None]
+    vh = torch.where(kept[..., None].to(vh.device), vh[:, :k], 0.0)
+    # One transfer for all.
+    stack = zip(u[..., :k].cpu(), values[:, :k], vh.cpu(), counts, strict=True)
+    every = [RankOneComponents(u=u, s=s, vh=vh).slice(0, count) for u, s, vh, count in stack]
+    return [svd.fix_signs(c) for c in every], vh
 
 
 def _bounds(
     a: Products, known: RankOneComponents, found: Sequence[RankOneComponents], *,
-    fros: Sequence[float], seeds: Sequence[int],
+    vh: Float[Tensor, "b k n"], fros: Sequence[float], seeds: Sequence[int],
 ) -> list[float]:  # fmt: skip
     """On what follows, of each matrix; zero where that is nothing."""
     *batch, m, n = a.shape
-    width = max(len(c) for c in found)
-    v = torch.zeros(len(found), n, len(known) + width, dtype=torch.float64, device=a.device)
-    v[..., : len(known)] = known.vh.T
-    for columns, c in zip(v, found, strict=True):
-        columns[:, len(known) : len(known) + len(c)] = c.vh.T
+    v = torch.cat([known.vh.double().expand(len(vh), -1, -1), vh], dim=1).mT.contiguous()
     before = float((known.s.double() ** 2).sum())
     bounds = remainder_bounds(
         a, v=v.reshape(*batch, n, v.shape[-1]), fros=fros, seeds=[seed + 1 for seed in seeds],
         rests=[f**2 - before - float((c.s**2).sum()) for f, c in zip(fros, found, strict=True)],
     )  # fmt: skip
     share = NOTHING * torch.finfo(torch.float64).eps * max(m, n)
-    largest = [max([0.0, *known.s[:1].tolist(), *c.s[:1].tolist()]) for c in found]
+    first = known.s[:1].tolist()
+    largest = [max([0.0, *first, *c.s[:1].tolist()]) for c in found]
     return [
         0.0 if bound <= share * s or len(known) + len(c) >= min(m, n) else bound
         for bound, s, c in zip(bounds, largest, found, strict=True)

@@ -10,9 +10,9 @@ DTYPE = torch.float64
 
 
 def delta(
-    source: Float[Tensor, "m n"], *, base: Float[Tensor, "m n"], dtype: torch.dtype = DTYPE,
+    source: Float[Tensor, "*b m n"], *, base: Float[Tensor, "*b m n"], dtype: torch.dtype = DTYPE,
     buffers: Float[Tensor, "2 m n"] | None = None,
-) -> Float[Tensor, "m n"]:  # fmt: skip
+) -> Float[Tensor, "*b m n"]:  # fmt: skip
     """source - base in `dtype`: for float32 as if rounded from float64, for a single rounding is
     all that a difference of narrower or equal numbers takes.
 
@@ -21,7 +21,7 @@ def delta(
     """
     wide = torch.promote_types(torch.promote_types(source.dtype, base.dtype), dtype)
     if buffers is None or wide != buffers.dtype:
-        return (source.to(wide) - base.to(wide)).to(dtype)
+        return (source.to(wide) - base).to(dtype)
     return buffers[0].copy_(source).sub_(buffers[1].copy_(base))
 
 

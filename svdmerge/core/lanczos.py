@@ -17,6 +17,8 @@ from svdmerge.core.components import RankOneComponents
 from svdmerge.core.deflated import Deflated, without
 from svdmerge.core.orthonormal import orthonormal
 from svdmerge.core.products import Products
+from svdmerge.core.ritz import each_on_host, leading_pairs
+from svdmerge.core.svd import random_starts
 
 # Of ||A^T u - s v||: no more than this share of the largest singular value, which the residual of
 # what is kept inherits (promised: 1e-4), ...
@@ -39,6 +41,13 @@ EARLY_STEPS, BLIND_STEPS = 3, 6
 SHRINKS = 15.0
 # By how much at least where they do: of a matrix that is noise from some value on they stand still.
 LEAST = 1.01
+# Noise begins where the rest of a block does not fall, its last value above this share of its first
+# (0.79 to 0.9 measured at the first look; power laws only in the last third of a block), and
+# residuals shrink by less than this in a step (1.3 to 1.6 there, 8 to 15 on power laws). What has
+# converged is then all that stands out: the rest would take two to three times the steps.
+LEVEL, CREEPS = 0.75, 2.0
+# Steps between the looks that tell, and left at least.
+SHORT = 2
 # A spectrum whose last value of a block is above this share of the first does not fall: finding
 # where it ends takes as much as a full SVD. Of Gaussian noise it is 0.95, of fine-tuned models'
 # matrices measured 0.5 at most.
@@ -75,9 +84,8 @@ def leading(
     b = Deflated(a, known.vh.T, known.u)
     *batch, _, n = a.shape
     largest, patient = float(known.s.max()) if len(known) else 0.0, restarts > 0
-    # Drawn on the CPU whatever the device, so that all start from the same columns.
-    starts = [torch.randn(n, width, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    start = torch.stack(starts).reshape(*batch, n, width).to(b.v)
+    starts = random_starts(n, width, seeds=seeds, device=b.v.device)
+    start = starts.reshape(*batch, n, width).to(b.v)
     while True:
         krylov = _Krylov(b, start=start, largest=largest, max_steps=max_steps)
         found = _iterate(krylov, num_matrices=len(seeds), patient=patient)
@@ -101,7 +109,8 @@ def _iterate(
         early = krylov.early() if krylov.steps == EARLY_STEPS else [False] * num_matrices
         now = [i for i, look in due.items() if last[i] or early[i] or look <= krylov.steps]
         for i, ritz in zip(now, krylov.look(now) if now else (), strict=True):
-            more = 0 if last[i] else ritz.steps_to_go(looked.get(i))
+            ended = last[i] or ritz.is_noise(looked.get(i))
+            more = 0 if ended else ritz.steps_to_go(looked.get(i))
             hopeless = ritz.is_flat() or krylov.steps + more > krylov.max_steps
             if more == 0 or (hopeless and not patient):
                 found[i] = krylov.basis(i) @ ritz.vectors, ritz
@@ -121,7 +130,10 @@ def rayleigh_ritz(
     exact = known.to(torch.float64)
     v = orthonormal(without(right.double(), exact.vh.mT)).q
     images = orthonormal(without(a.image(v), exact.u))
-    u, s, vh = torch.linalg.svd(images.r)
+    if a.device.type == "cpu":
+        u, s, vh = torch.linalg.svd(images.r)
+    else:
+        u, s, vh = each_on_host(torch.linalg.svd, images.r)
     return images.q @ u, s, vh @ v.mT
 
 
@@ -139,10 +151,26 @@ class _Ritz:
     """The largest ratio of a residual to what is allowed, of those within reach."""
     ratio: float
     """The last value over the first, of those known."""
+    level: float
+    """The last value within reach over the first that has not converged; zero if all have."""
 
     def is_flat(self) -> bool:
         """Whether the spectrum does not fall, and nothing has converged in spite of it."""
         return self.ratio > FLAT and self.converged == 0
+
+    def is_noise(self, before: "_Ritz | None") -> bool:
+        """Whether all that stands out of noise has converged."""
+        if before is None or not self._is_level() or self._shrinks(before) >= CREEPS:
+            return False
+        # Not where the rest is nearly there.
+        return self.steps_to_go(before) > SHORT
+
+    def _is_level(self) -> bool:
+        return self.converged > 0 and self.level > LEVEL
+
+    def _shrinks(self, before: "_Ritz") -> float:
+        """By how much residuals shrank in a step since the look before."""
+        return (before.worst / self.worst) ** (1 / (self.steps - before.steps))
 
     def steps_to_go(self, before: "_Ritz | None") -> int:
         """Steps to the next look, when all within reach may have converged: as residuals shrank
@@ -152,9 +180,9 @@ class _Ritz:
         if self.steps < BLIND_STEPS:
             return BLIND_STEPS - self.steps
         if before is None or before.steps < BLIND_STEPS:
-            return math.ceil(math.log(self.worst, SHRINKS))
-        shrinks = (before.worst / self.worst) ** (1 / (self.steps - before.steps))
-        return math.ceil(math.log(self.worst) / math.log(max(shrinks, LEAST)))
+            steps = math.ceil(math.log(self.worst, SHRINKS))
+            return min(steps, SHORT) if self._is_level() else steps
+        return math.ceil(math.log(self.worst) / math.log(max(self._shrinks(before), LEAST)))
 
 
 class _Krylov:
@@ -186,14 +214,14 @@ class _Krylov:
         """One more block: B^T B times the last one, orthogonalised twice."""
         done, size, k = self.steps * self.width, (self.steps + 1) * self.width, self._num_known
         # Again, on unit columns: orthogonal also where rounding was all that was left of them.
-        columns = orthonormal(without(self._next, self._span[..., : k + done])).q
+        columns = orthonormal(without(self._next, self._span[..., : k + done]), passes=1).q
         self._span[..., k + done : k + size] = columns
         turned = self.b.step(columns)[1]
         span = self._span[..., : k + size]
         along = span.mT @ turned
         self._gram[..., :size, done:size] = along[..., k:, :]
         self._gram[..., done:size, :size] = along[..., k:, :].mT
-        after = orthonormal(turned - span @ along)
+        after = orthonormal(turned - span @ along, passes=1)
         self._next, self._coupling = after.q, after.r
         self.steps += 1
 
@@ -213,6 +241,9 @@ class _Krylov:
         fall, or fall out of reach, and then the few others may have converged."""
         size = self.steps * self.width
         gram = self._gram[..., :size, :size].reshape(-1, size, size)
+        if gram.device.type != "cpu":
+            # Three steps more cost less there than these values.
+            return [False] * len(gram)
         values = torch.linalg.eigvalsh(gram)[:, -self.width :].tolist()
         shares = [v[0] / max(v[-1], self._largest**2, torch.finfo(gram.dtype).tiny) for v in values]
         return [not REACH[gram.dtype] ** 2 <= share <= FLAT**2 for share in shares]
@@ -224,16 +255,8 @@ class _Krylov:
         coupling = self._coupling.reshape(-1, width, width)
         if len(which) < len(gram):
             gram, coupling = gram[list(which)], coupling[list(which)]
-        values, vectors = torch.linalg.eigh(gram)
-        vectors = vectors[:, :, -width:]
-        # ||B^T B v - s^2 v||, that is s ||B^T u - s v||.
-        residuals = torch.linalg.vector_norm(coupling @ vectors[:, -width:], dim=1)
-        # What is decided from few numbers is decided on the host, in one transfer.
-        told = torch.stack([values[:, -width:], residuals], dim=1).flip(2).cpu().numpy()
-        return [
-            self._ritz(v, values.astype(np.float64), residuals.astype(np.float64))
-            for v, (values, residuals) in zip(vectors.flip(2), told, strict=True)
-        ]
+        # Residuals of B^T B: ||B^T B v - s^2 v||, that is s ||B^T u - s v||.
+        return [self._ritz(*pair) for pair in zip(*leading_pairs(gram, coupling), strict=True)]
 
     def _ritz(
         self, vectors: Float[Tensor, "b w"], values: Float[np.ndarray, " w"],
@@ -248,11 +271,13 @@ class _Krylov:
         ratio = residuals / allowed.clip(min=max(finfo.eps * scale**2, finfo.tiny))
         reached = int((sigma >= REACH[vectors.dtype] * scale).sum())
         within = ratio[:reached]
+        converged = int((within <= 1.0).cumprod().sum())
         return _Ritz(
             steps=self.steps,
             vectors=vectors,
-            converged=int((within <= 1.0).cumprod().sum()),
+            converged=converged,
             reached=reached,
+            level=float(sigma[reached - 1] / sigma[converged]) if converged < reached else 0.0,
             worst=float(within.max(initial=0.0)),
             ratio=float(sigma[-1]) / max(scale, finfo.tiny),
         )

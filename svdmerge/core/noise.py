@@ -18,20 +18,20 @@ QUANTILE = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SquaredNorms:
-    """Of a matrix's rows and columns, in float64."""
+    """Of the rows and columns of a matrix, or a stack of them, in float64."""
 
-    rows: Float[Tensor, " m"]
-    columns: Float[Tensor, " n"]
+    rows: Float[Tensor, "*b m"]
+    columns: Float[Tensor, "*b n"]
 
 
-def squared_norms(tiles: Iterable[Float[Tensor, "_ n"]], *, n: int) -> SquaredNorms:
+def squared_norms(tiles: Iterable[Float[Tensor, "*b _ n"]], *, n: int) -> SquaredNorms:
     """Of the matrix whose rows the tiles are; float64 only by tiles, which stay in the cache."""
     rows, columns = list[Tensor](), torch.zeros(n, dtype=torch.float64)
     for tile in tiles:
         squares = tile.double() ** 2
-        rows.append(squares.sum(dim=1))
-        columns = columns.to(squares.device) + squares.sum(dim=0)
-    return SquaredNorms(rows=torch.cat(rows), columns=columns)
+        rows.append(squares.sum(dim=-1))
+        columns = columns.to(squares.device) + squares.sum(dim=-2)
+    return SquaredNorms(rows=torch.cat(rows, dim=-1), columns=columns)
 
 
 def _quantile(x: Float[Tensor, " n"]) -> float:
@@ -42,8 +42,6 @@ def _quantile(x: Float[Tensor, " n"]) -> float:
 
 def noise_edge(delta: Float[Tensor, "m n"], *, leading: RankOneComponents) -> float:
     """The edge of a difference's noise, by its rows' and columns' norms: see `edge_of`."""
-    if delta.numel() == 0:
-        return 0.0
     return edge_of(squared_norms(doubled_tiles(delta), n=delta.shape[1]), leading=leading)
 
 
@@ -59,6 +57,8 @@ def edge_of(norms: SquaredNorms, *, leading: RankOneComponents) -> float:
     too, in its tail: of exponent 0.7 and rank 400 near the 35th component.
     """
     c = leading.to(torch.float64)
+    if norms.rows.numel() == 0 or norms.columns.numel() == 0:
+        return 0.0
     # The rest's squared norms, not formed: components are orthogonal to each other and to it.
     rows, columns = norms.rows, norms.columns
     taken = 0

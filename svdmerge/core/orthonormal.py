@@ -18,26 +18,31 @@ class Factors(NamedTuple):
     r: Float[Tensor, "*b w w"]
 
 
-def orthonormal(x: Float[Tensor, "*b n w"]) -> Factors:
+def orthonormal(x: Float[Tensor, "*b n w"], *, passes: int = 2) -> Factors:
     """Householder's QR on a CPU; elsewhere few large products, where it would be many small
-    kernels."""
-    return Factors(*torch.linalg.qr(x)) if x.device.type == "cpu" else cholesky_qr(x)
+    kernels. For `passes` see `cholesky_qr`."""
+    if x.device.type == "cpu":
+        return Factors(*torch.linalg.qr(x))
+    return cholesky_qr(x, passes=passes)
 
 
-def cholesky_qr(x: Float[Tensor, "*b n w"]) -> Factors:
+def cholesky_qr(x: Float[Tensor, "*b n w"], *, passes: int = 2) -> Factors:
     """CholeskyQR, twice, in float64: as exact as Householder's for any x that float32 can tell from
     a singular one. A column that depends on those before it comes back as zero, or of rounding.
+
+    One of the passes leaves an error of the squared condition: enough where another follows.
 
     Reference: CholeskyQR2, Fukaya, Nakatsukasa, Yanagisawa, Yamamoto 2014; the shift, Fukaya and
     others, arXiv 1809.11085.
     """
-    q, r = x.to(torch.float64), torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
+    identity = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
+    q, r = x.to(torch.float64), identity
     eps = torch.finfo(torch.float64).eps
-    for _ in range(2):
+    for _ in range(passes):
         gram = q.mT @ q
         shift = SHIFT * eps * gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp(min=eps**4)
-        gram = gram + shift[..., None, None] * torch.eye(x.shape[-1]).to(gram)
-        upper = torch.linalg.cholesky_ex(gram, upper=True).L
-        q = torch.linalg.solve_triangular(upper, q, upper=True, left=False)
+        upper = torch.linalg.cholesky_ex(gram + shift[..., None, None] * identity, upper=True).L
+        # A small inverse and a large product, for solving with few right sides is slow on a GPU.
+        q = q @ torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
         r = upper @ r
     return Factors(q.to(x.dtype), r.to(x.dtype))

@@ -1,6 +1,7 @@
 """Exact singular value decompositions, with what all solvers share: signs and seeds."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -38,6 +39,18 @@ def seed_of(parameter: str, *, m: int, n: int, block: int) -> int:
     """A sketch's seed, from what the block is alone, so that any worker draws the same."""
     text = f"{parameter}\0{m}\0{n}\0{block}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def random_starts(
+    n: int, width: int, *, seeds: Sequence[int], device: torch.device
+) -> Float[Tensor, "b n w"]:
+    """Gaussian columns by seed, drawn where they are used: a CPU would take longer to draw them
+    than a GPU to multiply by them. So each kind of device has its own."""
+    drawn = [
+        torch.randn(n, width, generator=torch.Generator(device).manual_seed(seed), device=device)
+        for seed in seeds
+    ]
+    return torch.stack(drawn)
 
 
 def fix_signs(c: RankOneComponents) -> RankOneComponents:

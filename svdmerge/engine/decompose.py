@@ -6,15 +6,16 @@ from functools import partial
 
 from svdmerge.core.params import Parameter
 from svdmerge.engine import select_tasks, tasks
+from svdmerge.engine.differences import Item
 from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan, Source, unit_bytes
 from svdmerge.engine.row_blocks import decompose_by_rows
 from svdmerge.engine.runtime import Runtime
 from svdmerge.engine.select import find_cut, select_units
+from svdmerge.engine.tally import MATRICES
 from svdmerge.engine.tasks import Receipt
 from svdmerge.progress import Progress
 from svdmerge.storage import layout
-from svdmerge.storage.layout import BLOCK
 from svdmerge.storage.manifest import Committed
 
 # Of a GPU that a task takes: while one of two reads, the other's matrices are decomposed.
@@ -38,7 +39,8 @@ def pending(
     shared = plan.is_shared and not whole
 
     def wanted(_: Source, parameter: Parameter) -> int:
-        return min(plan.depth(parameter), BLOCK) if shared else plan.depth(parameter)
+        # A block may hold less than others: whether more is needed the selection tells.
+        return min(plan.depth(parameter), 1) if shared else plan.depth(parameter)
 
     yield from _units(plan, inventory, wanted)
 
@@ -73,7 +75,7 @@ def _unit(
         reference=source.reference,
         first=first,
         items=tuple(
-            tasks.Item(
+            Item(
                 parameter=p,
                 source=source.checkpoint.tensors.get(p.tensor),
                 low_rank=source.checkpoint.low_rank.get(p.tensor),
@@ -84,7 +86,7 @@ def _unit(
             for p, depth in wanted
         ),
         solver=plan.recipe.parameters.svd,
-        block_rows=None if source.is_factored(wanted[0][0]) else plan.block_rows(wanted[0][0]),
+        block_rows=plan.block_rows(wanted[0][0]) if source.reads_weights(wanted[0][0]) else None,
     )
 
 
@@ -101,25 +103,30 @@ def shortfalls(
 
 
 def decompose(
-    plan: Plan, *, runtime: Runtime, progress: Progress, whole: bool = False
-) -> list[Receipt]:
+    plan: Plan, *, runtime: Runtime, progress: Progress, whole: bool = False,
+    judge: Callable[[Inventory], None] = lambda _: None,
+) -> list[Receipt]:  # fmt: skip
     """Receipts of the units that were decomposed now; those committed before are not among them.
 
-    Rounds: a block of every matrix first, then more of those sources whose bound exceeds the cut,
-    until none does.
+    Rounds: a block of every matrix first, which is enough for `judge` to refuse sources by, then
+    more of those sources whose bound exceeds the cut, until none does.
     """
-    inventory, receipts = take_inventory(plan, runtime=runtime, progress=progress), list[Receipt]()
+    inventory = take_inventory(plan, runtime=runtime, progress=progress)
     units = list(pending(plan, inventory, whole=whole))
-    while True:
-        receipts += _run(plan, units, runtime=runtime, progress=progress)
-        if whole or not plan.is_shared:
-            return receipts
-        if units:
-            inventory = take_inventory(plan, runtime=runtime, progress=progress)
+    known = len(plan.sources) * sum(map(len, plan.groups)) - sum(len(u.items) for u in units)
+    runtime.tally.add(MATRICES, known, step="decompose", state="reused")
+    receipts = _run(plan, units, runtime=runtime, progress=progress)
+    if units:
+        inventory = take_inventory(plan, runtime=runtime, progress=progress)
+    judge(inventory)
+    while plan.is_shared and not whole:
         short = shortfalls(plan, inventory, runtime=runtime, progress=progress)
         units = list(_units(plan, inventory, partial(_depth, short)))
         if not units:
-            return receipts
+            break
+        receipts += _run(plan, units, runtime=runtime, progress=progress)
+        inventory = take_inventory(plan, runtime=runtime, progress=progress)
+    return receipts
 
 
 def _run(
@@ -136,6 +143,8 @@ def _run(
         receipts += decompose_by_rows(
             by_rows, memory_bytes=plan.recipe.resources.memory, runtime=runtime, progress=progress
         )
+    num = sum(receipt.num_matrices for receipt in receipts)
+    runtime.tally.add(MATRICES, num, step="decompose", state="computed")
     return receipts
 
 

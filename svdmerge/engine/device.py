@@ -47,12 +47,7 @@ def deltas_on(
         here = ahead.pop() if ahead else _copied(pairs, device, stream)
         if stream is not None:
             torch.cuda.current_stream(device).wait_stream(stream)
-        found = torch.stack(
-            [
-                delta(source, base=base, dtype=torch.float32)
-                for source, base in zip(*here, strict=True)
-            ]
-        )
+        found = delta(here[0], base=here[1], dtype=torch.float32)
         if stream is not None:
             # The copies' memory may serve the next ones once the difference is made.
             for tensor in here:

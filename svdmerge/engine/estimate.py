@@ -4,11 +4,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 from svdmerge.core.params import Action, Parameter
+from svdmerge.engine.fitting import Unlike
+from svdmerge.engine.flops import block_flops, merge_flops, svd_flops, write_flops
 from svdmerge.engine.plan import Plan, peak_bytes, stored_bytes, write_bytes
 
-# Columns multiplied by a matrix and its transpose for a first block: eight steps of sixteen, and
-# three for the bound on what follows.
-FIRST_COLUMNS = 176
 # Times that a matrix which no task may hold is read for its first block: norms, eight steps, three
 # for the bound, the values in float64.
 PASSES = 13
@@ -39,8 +38,8 @@ class Estimate:
     num_sources: int
     tensors: tuple[TensorLine, ...]
     actions: dict[str, int]
-    ignored: dict[str, tuple[str, ...]]
-    """Tensors of sources that the base does not have."""
+    unlike: dict[str, dict[str, Unlike]]
+    """By source, its tensors that are not just the base's with other values."""
     num_units: int
     read_bytes: int
     store_bytes: int
@@ -71,7 +70,7 @@ def estimate(plan: Plan) -> Estimate:
         num_sources=num,
         tensors=tuple(_line(plan, name) for name in plan.base.tensors),
         actions=dict(Counter(str(a) for a in plan.actions.values())),
-        ignored={s.reference: s.ignored for s in plan.sources if s.ignored},
+        unlike=unlike(plan),
         num_units=num * len(plan.groups),
         read_bytes=read,
         store_bytes=num * sum(stored_bytes(p, depth=plan.depth(p)) for p in plan.parameters),
@@ -84,29 +83,16 @@ def estimate(plan: Plan) -> Estimate:
     )
 
 
+def unlike(plan: Plan) -> dict[str, dict[str, Unlike]]:
+    """Each source's tensors that are not just the base's with other values, if it has any."""
+    return {s.reference: dict(s.unlike) for s in plan.sources if s.unlike}
+
+
 def decompose_flops(plan: Plan, parameter: Parameter) -> float:
     """Of one source: its first block and certificate where the selection decides how much more."""
     if plan.recipe.parameters.svd == "exact" or not plan.is_shared:
         return svd_flops(parameter)
-    return min(svd_flops(parameter), 4.0 * parameter.numel * FIRST_COLUMNS)
-
-
-def svd_flops(parameter: Parameter) -> float:
-    """Of a full SVD with vectors: 4 m n^2 + 22 n^3 for m >= n (Golub and Van Loan, table 8.6.1)."""
-    long, short = max(parameter.m, parameter.n), min(parameter.m, parameter.n)
-    return 4.0 * long * short**2 + 22.0 * short**3
-
-
-def merge_flops(parameter: Parameter, *, k: int) -> float:
-    """Of two QRs of k components and the core's SVD; of a merged whole difference's SVD."""
-    if parameter.action is Action.DECOMPOSE:
-        return 4.0 * (parameter.m + parameter.n) * k**2 + 22.0 * k**3
-    return svd_flops(parameter) if parameter.is_factored else float(parameter.numel)
-
-
-def write_flops(parameter: Parameter, *, k: int) -> float:
-    """Of base + U diag(s) Vh."""
-    return 2.0 * parameter.numel * k if parameter.is_factored else float(parameter.numel)
+    return block_flops(parameter)
 
 
 def _item_bytes(plan: Plan, parameter: Parameter) -> int:

@@ -4,21 +4,28 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from svdmerge.core.params import Action
+from svdmerge.engine.fitting import Kind
 from svdmerge.engine.plan import Plan
 
 
 def notices(plan: Plan) -> list[str]:
     """A line each: tensors left out, a budget that is clamped, policies that fit nothing."""
-    return [*_ignored(plan), *_left(plan), *_clamped(plan), *_unmatched(plan)]
+    return [*_unlike(plan), *_left(plan), *_clamped(plan), *_unmatched(plan)]
 
 
-def _ignored(plan: Plan) -> Iterator[str]:
+_UNLIKE = {
+    Kind.EXTRA: "tensors that the base lacks are left out",
+    Kind.MISSING: "tensors that it lacks stay the base's in it",
+    Kind.MISMATCH: "tensors of another shape stay the base's in it",
+}
+
+
+def _unlike(plan: Plan) -> Iterator[str]:
     for s in plan.sources:
-        if s.ignored:
-            yield (
-                f"{s.reference}: {len(s.ignored)} tensors that the base lacks are left out, "
-                f"first {s.ignored[0]}"
-            )
+        for kind, told in _UNLIKE.items():
+            names = [name for name, x in s.unlike.items() if x.kind is kind]
+            if names:
+                yield f"{s.reference}: {len(names)} {told}, first {names[0]}"
 
 
 def _left(plan: Plan) -> Iterator[str]:
@@ -45,5 +52,6 @@ def _clamped(plan: Plan) -> Iterator[str]:
 
 def _unmatched(plan: Plan) -> Iterator[str]:
     for rule in plan.recipe.policies:
-        if not any(fnmatchcase(name, rule.match) for name in plan.actions):
+        extra = {name for s in plan.sources for name in s.unlike if rule.extra}
+        if not any(fnmatchcase(name, rule.match) for name in {*plan.actions, *extra}):
             yield f"policies: {rule.match!r} matches no tensor of the base"

@@ -1,17 +1,24 @@
 """The plan: what happens to every tensor, from headers alone. No weight is read."""
 
 import hashlib
-import itertools
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from svdmerge.core.methods.registry import METHODS, Method, Takes
 from svdmerge.core.params import Action, Parameter, action_of, budget, matrices
+from svdmerge.engine.fitting import Unlike, fit
 from svdmerge.engine.memory import by_rows_bytes
-from svdmerge.errors import MismatchError, RecipeError, ResourceError
+from svdmerge.engine.resolve import resolved
+from svdmerge.errors import (
+    MismatchError,
+    RecipeError,
+    ResourceError,
+    RetryableError,
+    SvdmergeError,
+)
 from svdmerge.recipe import Recipe, SourceModel, TuneConfig
 from svdmerge.storage import layout
 from svdmerge.storage.checkpoint import (
@@ -26,7 +33,6 @@ from svdmerge.storage.checkpoint import (
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.layout import BLOCK
 from svdmerge.storage.quantised import FP8
-from svdmerge.storage.source import open_source
 
 # Source bytes of one unit of work: a few seconds of SVD, and small matrices travel together.
 UNIT_BYTES = 32 << 20
@@ -42,15 +48,17 @@ class Source:
     weight: float
     quota: float
     """Share of each matrix's slots that it may take."""
+    admit: bool
+    """Whether it is merged however far from the base it lies."""
     checkpoint: Checkpoint
-    ignored: tuple[str, ...]
-    """Tensors that the base does not have: they have no place in the output."""
+    unlike: Mapping[str, Unlike]
+    """Tensors that are not just the base's with other values."""
 
-    def is_factored(self, parameter: Parameter) -> bool:
-        """Whether its difference is known by its factors alone, and no weight is read."""
-        source = self.checkpoint
+    def reads_weights(self, parameter: Parameter) -> bool:
+        """Whether its difference is that of stored weights; else there is none, or its factors
+        are all that is known of it."""
         decomposed = parameter.action is Action.DECOMPOSE
-        return decomposed and source.is_partial and parameter.tensor not in source.tensors
+        return not decomposed or parameter.tensor in self.checkpoint.tensors
 
     @property
     def revision(self) -> str:
@@ -165,24 +173,28 @@ def in_blocks(depth: int, parameter: Parameter) -> int:
     return min(parameter.rank, -(-depth // BLOCK) * BLOCK)
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """The plan of a recipe.
+Refused = Callable[[str, SvdmergeError], None]
+
+
+def make_plan(recipe: Recipe, *, refused: Refused | None = None) -> Plan:
+    """The plan of a recipe, its patterns and queries resolved to what they stand for now.
+
+    With `refused`, sources that cannot be used are given to it, with the error, and left out; but
+    not all of them.
 
     Raises:
         RecipeError: a model is listed twice, or a policy refuses a tensor.
         CheckpointError: a model's files or headers are wrong.
-        MismatchError: a source lacks a tensor of the base, or has it in another shape.
+        MismatchError: a source lacks a tensor of the base, or has it in another shape, and no
+            policy allows that.
         ResourceError: a matrix needs more memory than the recipe gives a task.
     """
+    recipe = resolved(recipe)
     base = open_checkpoint(recipe.base_model)
     actions = {name: _action(recipe, base, ref) for name, ref in base.tensors.items()}
-    sources = tuple(
-        sorted(
-            (_source(m, base=base, actions=actions) for m in recipe.models),
-            key=lambda s: s.revision,
-        )
-    )
-    _refuse_twins(sources)
+    found = _sources(recipe, base=base, actions=actions, refused=refused)
+    recipe = recipe.model_copy(update={"models": tuple(model for model, _ in found.values())})
+    sources = tuple(found[revision][1] for revision in sorted(found))
     parameters = tuple(
         p
         for name, ref in base.tensors.items()
@@ -306,62 +318,49 @@ def _action(recipe: Recipe, base: Checkpoint, ref: TensorRef) -> Action:
     )
 
 
-def _source(model: SourceModel, *, base: Checkpoint, actions: Mapping[str, Action]) -> Source:
-    reference = model.model
-    source, unplaced = open_source(reference, base=base)
-    wanted = [name for name, action in actions.items() if action is not Action.BASE]
-    missing = [n for n in wanted if n not in source.tensors and not source.is_partial]
-    if missing:
-        other = len(missing) > len(wanted) / 2
-        raise MismatchError(
-            f"{reference}: lacks {missing[0]}" + _more(missing),
-            f"It seems to come from another base than {base.reference}."
-            if other
-            else f"The base {base.reference} has it.",
-            "Remove the source."
-            if other
-            else f"Add the policy {{match: {missing[0]!r}, policy: base}}, or remove the source.",
-        )
-    present = [n for n in wanted if n in source.tensors]
-    unlike = [n for n in present if _kind(source.tensors[n]) != _kind(base.tensors[n])]
-    if unlike:
-        got, expected = source.tensors[unlike[0]], base.tensors[unlike[0]]
-        raise MismatchError(
-            f"{reference}: {unlike[0]} is {got.dtype} {list(got.shape)}" + _more(unlike),
-            f"Expected {expected.dtype} {list(expected.shape)}, as in {base.reference}.",
-            "Remove the source, or give the tensor `policy: base`.",
-        )
+def _source(
+    model: SourceModel, *, recipe: Recipe, base: Checkpoint, actions: Mapping[str, Action]
+) -> Source:
+    fitted = fit(model, recipe=recipe, base=base, actions=actions)
     return Source(
-        reference=reference,
-        weight=model.weight,
-        quota=model.quota,
-        checkpoint=source,
-        ignored=tuple(sorted({*unplaced, *(set(source.tensors) - set(base.tensors))})),
+        reference=model.model, weight=model.weight, quota=model.quota, admit=model.admit,
+        checkpoint=fitted.checkpoint, unlike=fitted.unlike,
+    )  # fmt: skip
+
+
+def _sources(
+    recipe: Recipe, *, base: Checkpoint, actions: Mapping[str, Action], refused: Refused | None
+) -> dict[str, tuple[SourceModel, Source]]:  # fmt: skip
+    """Models and what they are, by revision, in the recipe's order."""
+    found: dict[str, tuple[SourceModel, Source]] = {}
+    last: SvdmergeError | None = None
+    for model in recipe.models:
+        try:
+            source = _source(model, recipe=recipe, base=base, actions=actions)
+            if source.revision in found:
+                raise _twins(source, found[source.revision][1])
+        except RetryableError:
+            raise  # that says nothing of the source
+        except SvdmergeError as error:
+            if refused is None:
+                raise
+            refused(model.model, error)
+            last = error
+        else:
+            found[source.revision] = (model, source)
+    if last is not None and not found:
+        raise last
+    return found
+
+
+def _twins(one: Source, other: Source) -> RecipeError:
+    both = f"{other.reference} and {one.reference}"
+    return RecipeError(
+        f"models: {one.reference if one.reference == other.reference else both}: "
+        "the same model is listed twice",
+        "It would take two sources' share of the merge.",
+        "List it once, with a `weight` if it should count more.",
     )
-
-
-def _kind(ref: TensorRef) -> tuple[tuple[int, ...], str]:
-    """Shape, and the dtype where it must be the same: integers are compared as bytes."""
-    return ref.shape, "" if ref.dtype in FLOATING else ref.dtype
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _refuse_twins(sources: Sequence[Source]) -> None:
-    for one, other in itertools.pairwise(sources):
-        if one.revision == other.revision:
-            both = (
-                one.reference
-                if one.reference == other.reference
-                else (f"{one.reference} and {other.reference}")
-            )
-            raise RecipeError(
-                f"models: {both}: the same model is listed twice",
-                "It would take two sources' share of the merge.",
-                "List it once, with a `weight` if it should count more.",
-            )
 
 
 def _refuse_same_ids(parameters: Sequence[Parameter]) -> None:

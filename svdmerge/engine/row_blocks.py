@@ -256,7 +256,7 @@ def _next(
     block = replace(found, solver=f"{found.solver} by rows, {passes} passes")
     solved = to_store(
         [(first, block)], parameter=p, start=first, depth=max(item.depth, item.wanted),
-        digest=survey.source_sha256, fro=survey.fro,
+        digest=survey.source_sha256, fro=survey.fro, base_fro=survey.base_fro,
         noise=edge_of(
             row_tasks.surveyed_norms(scratch), leading=block.components.slice(0, WIDTH)
         ) if first == 0 else 0.0,

@@ -1,6 +1,7 @@
 """What runs on workers for a matrix that none may hold: norms and products of blocks of rows."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from svdmerge.core.delta import delta
 from svdmerge.core.noise import SquaredNorms, squared_norms
 from svdmerge.core.params import Parameter
 from svdmerge.core.products import DOUBLED, image, step
-from svdmerge.engine.tasks import check_finite, peak_rss_bytes
+from svdmerge.engine.differences import check_finite, norm_of
+from svdmerge.engine.tasks import peak_rss_bytes
 from svdmerge.storage.checkpoint import ITEM_BYTES, TILE, TensorRef
 from svdmerge.storage.filesystem import Folder
 
@@ -106,6 +108,7 @@ class Survey:
     source_sha256: str
     base_sha256: str
     fro: float
+    base_fro: float
     bytes_read: int
     peak_rss_bytes: int
 
@@ -121,7 +124,7 @@ def survey(unit: SurveyUnit) -> Survey:
     Raises:
         ContentError: NaN or Inf in a tensor.
     """
-    digests = hashlib.sha256(), hashlib.sha256()
+    digests, base_norms = (hashlib.sha256(), hashlib.sha256()), list[float]()
     refs = unit.rows.source, unit.rows.base
 
     def tiles() -> Iterator[Tensor]:
@@ -130,6 +133,7 @@ def survey(unit: SurveyUnit) -> Survey:
             for digest, data, tensor, ref in zip(digests, raw, pair, refs, strict=True):
                 digest.update(data)
                 check_finite(tensor, ref)
+            base_norms.append(norm_of(pair[1]))
             yield from delta(pair[0], base=pair[1]).split(DOUBLED)
 
     norms = squared_norms(tiles(), n=unit.rows.parameter.n)
@@ -140,6 +144,7 @@ def survey(unit: SurveyUnit) -> Survey:
         source_sha256=digests[0].hexdigest(),
         base_sha256=digests[1].hexdigest(),
         fro=float(norms.rows.sum()) ** 0.5,
+        base_fro=math.hypot(*base_norms),
         bytes_read=unit.rows.nbytes,
         peak_rss_bytes=peak_rss_bytes(),
     )

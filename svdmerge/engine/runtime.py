@@ -1,4 +1,4 @@
-"""A bounded map of units over Ray tasks, or in this process. Ray stays in this file.
+"""A bounded map of units over Ray tasks, or in this process. Ray stays here, and in `tally`.
 
 Through Ray go units (URIs, names, numbers) and receipts, never weights.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from svdmerge.engine.retry import Failure, GiveUp, RetryPolicy
+from svdmerge.engine.tally import QUEUE_DEPTH, UNITS, Tally, count_retry, counted_step, last_line
 from svdmerge.errors import ResourceError, RetryableError, SvdmergeError
 from svdmerge.progress import Progress
 
@@ -36,6 +37,9 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
 
+# Seconds between looks at how large a cluster is: an autoscaler adds machines for what waits.
+RESIZE_S = 10.0
+
 U = TypeVar("U", bound=Unit)
 R = TypeVar("R")
 
@@ -45,6 +49,8 @@ class Runtime(Protocol):
 
     @property
     def address(self) -> str: ...
+    @property
+    def tally(self) -> Tally: ...
 
     def map(
         self,
@@ -115,6 +121,9 @@ class InProcess:
 
     address = "none"
 
+    def __init__(self) -> None:
+        self.tally = Tally()
+
     def map(
         self,
         task: Callable[[U], R],
@@ -129,11 +138,14 @@ class InProcess:
         if units and num_gpus:
             _check_gpu_here()
         results: list[R] = []
-        with progress.stage(stage, len(units)) as bar:
+        with counted_step(self.tally, stage, len(units), progress) as bar:
             for unit in units:
                 try:
-                    results.append(_with_retries(task, unit))
+                    result, seconds = _with_retries(task, unit, tally=self.tally, stage=stage)
+                    self.tally.add_unit(stage, result, seconds=seconds)
+                    results.append(result)
                 except SvdmergeError as error:
+                    self.tally.add(UNITS, step=stage, state="failed")
                     if failed is None:
                         raise
                     results.append(failed(unit, error))
@@ -148,19 +160,28 @@ def _check_gpu_here() -> None:
         raise no_gpu("--address none")
 
 
-def _with_retries(task: Callable[[U], R], unit: U) -> R:
+def _with_retries(task: Callable[[U], R], unit: U, *, tally: Tally, stage: str) -> tuple[R, float]:
     policy, times = RetryPolicy(), 0
     while True:
         try:
-            return call(task, unit)
-        except RetryableError:
+            return timed(task, unit)
+        except RetryableError as error:
             times += 1
             decision = policy.decide(
                 Failure.RETRYABLE, times=times, memory_bytes=0, memory_limit_bytes=0
             )
             if isinstance(decision, GiveUp):
                 raise
+            count_retry(
+                tally, unit.name, Failure.RETRYABLE, decision, times=times, stage=stage, error=error
+            )
             time.sleep(decision.pause_s)
+
+
+def timed(task: Callable[[U], R], unit: U) -> tuple[R, float]:
+    """What `call` gives, and the seconds it took."""
+    start = time.perf_counter()
+    return call(task, unit), time.perf_counter() - start
 
 
 def call(task: Callable[[U], R], unit: U) -> R:
@@ -180,6 +201,7 @@ class RayTasks:
 
     def __init__(self, address: str, *, policy: RetryPolicy | None = None) -> None:
         self.address = address
+        self.tally = Tally(export=True)
         self._policy = policy or RetryPolicy()
 
     def map(
@@ -201,10 +223,11 @@ class RayTasks:
         if units and num_gpus > limits["GPU"]:
             raise no_gpu(f"--address {self.address}")
         window = _Window(
-            task, units, policy=self._policy, limits=limits, failed=failed, num_gpus=num_gpus
-        )
+            task, units, policy=self._policy, limits=limits, failed=failed, num_gpus=num_gpus,
+            tally=self.tally, stage=stage,
+        )  # fmt: skip
         try:
-            with progress.stage(stage, len(units)) as bar:
+            with counted_step(self.tally, stage, len(units), progress) as bar:
                 while window.step():
                     bar.advance()
         except BaseException:
@@ -222,22 +245,27 @@ class _Window:
     def __init__(
         self, task: Callable[[Any], Any], units: Sequence[Unit], *, policy: RetryPolicy,
         limits: dict[str, float], failed: Callable[[Any, SvdmergeError], Any] | None,
-        num_gpus: float,
+        num_gpus: float, tally: Tally, stage: str,
     ) -> None:  # fmt: skip
         import ray
 
-        self._remote = ray.remote(call)
+        self._remote = ray.remote(timed)
+        self._tally, self._stage = tally, stage
         self._task, self._units, self._policy = task, units, policy
         self._failed_result, self._num_gpus = failed, num_gpus
-        self._memory_limit = int(limits["memory"])
+        self._threads = max((unit.threads for unit in units), default=1)
+        self._resize(limits)
         self._memory = [unit.memory_bytes for unit in units]
         self._failures: Counter[tuple[int, Failure]] = Counter()
         self._waiting: list[tuple[float, int]] = [(0.0, i) for i in range(len(units))]
-        threads = max((unit.threads for unit in units), default=1)
-        # Twice the slots: the next units' arguments travel while these run.
-        self._size = max(2, 2 * int(limits["CPU"]) // threads)
         self._done: dict[int, Any] = {}
         self.running: dict[Any, int] = {}
+
+    def _resize(self, limits: dict[str, float]) -> None:
+        self._memory_limit = int(limits["memory"])
+        # Twice the slots: the next units' arguments travel while these run.
+        self._size = max(2, 2 * int(limits["CPU"]) // self._threads)
+        self._resize_at = time.monotonic() + RESIZE_S
 
     def step(self) -> bool:
         """Wait until one more unit is done; False when all are."""
@@ -248,6 +276,7 @@ class _Window:
             if not self.running and not self._waiting:
                 return False
             pause = self._submit()
+            self._tell_depth()
             if not self.running:
                 time.sleep(pause)
                 continue
@@ -257,12 +286,19 @@ class _Window:
                 self._collect(ref)
         return True
 
+    def _tell_depth(self) -> None:
+        depths = {"waiting": len(self._waiting), "running": len(self.running)}
+        for state, depth in depths.items():
+            self._tally.put(QUEUE_DEPTH, depth, step=self._stage, state=state)
+
     def results(self) -> list[Any]:
         """What the units returned, in their order."""
         return [self._done[i] for i in range(len(self._units))]
 
     def _submit(self) -> float:
         """Fill the window with units whose pause is over; seconds until the next one's is."""
+        if time.monotonic() >= self._resize_at:
+            self._resize(_limits())
         while self._waiting and len(self.running) < self._size:
             due, i = self._waiting[0]
             if due > time.monotonic():
@@ -281,7 +317,8 @@ class _Window:
 
         i = self.running.pop(ref)
         try:
-            self._done[i] = ray.get(ref)
+            self._done[i], seconds = ray.get(ref)
+            self._tally.add_unit(self._stage, self._done[i], seconds=seconds)
         except OutOfMemoryError as error:
             self._failed(i, Failure.OUT_OF_MEMORY, error)
         except RayTaskError as error:
@@ -300,11 +337,16 @@ class _Window:
             memory_limit_bytes=self._memory_limit,
         )
         if isinstance(decision, GiveUp):
+            self._tally.add(UNITS, step=self._stage, state="failed")
             told = self._told(i, failure, error)
             if self._failed_result is None:
                 raise told from error
             self._done[i] = self._failed_result(self._units[i], told)
             return
+        count_retry(
+            self._tally, self._units[i].name, failure, decision, times=self._failures[i, failure],
+            stage=self._stage, error=error,
+        )  # fmt: skip
         self._memory[i] = decision.memory_bytes
         heapq.heappush(self._waiting, (time.monotonic() + decision.pause_s, i))
 
@@ -314,14 +356,9 @@ class _Window:
         return ResourceError(
             f"{self._units[i].name}: {failure.value}",
             f"It failed {self._failures[i, failure]} times, last with "
-            f"{self._memory[i] >> 20} MiB reserved: {_last_line(error)}",
+            f"{self._memory[i] >> 20} MiB reserved: {last_line(error)}",
             "What is done is kept: run the same command again when the cause is gone.",
         )
-
-
-def _last_line(error: Exception) -> str:
-    """What an error says last: Ray's carry whole tracebacks."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _limits() -> dict[str, float]:

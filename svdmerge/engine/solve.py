@@ -58,7 +58,7 @@ def first_of(committed: Committed, parameter: Parameter, *, num: int) -> RankOne
 
 def solve(
     delta: torch.Tensor, *, parameter: Parameter, stored: Stored, wanted: int, depth: int,
-    solver: str, digest: str,
+    solver: str, digest: str, base_fro: float | None = None,
 ) -> Solved:  # fmt: skip
     """Components after those stored, `wanted` in all. No merge takes more than `depth`: so deep is
     stored what a solver finds that cannot stop early."""
@@ -68,7 +68,7 @@ def solve(
     noise = _noise(delta, block, p=parameter) if first == 0 else 0.0
     return to_store(
         found, parameter=parameter, start=stored.depth, depth=max(depth, wanted), digest=digest,
-        fro=fro, noise=noise,
+        fro=fro, base_fro=base_fro, noise=noise,
     )  # fmt: skip
 
 
@@ -82,20 +82,20 @@ def solve_low_rank(
     fro = float(torch.linalg.vector_norm(block.components.s))
     return to_store(
         [(0, block)], parameter=parameter, start=stored.depth, depth=max(depth, wanted),
-        digest=digest, fro=fro, noise=0.0,
+        digest=digest, fro=fro, base_fro=None, noise=0.0,
     )  # fmt: skip
 
 
 def to_store(
     found: Sequence[tuple[int, Block]], *, parameter: Parameter, start: int, depth: int,
-    digest: str, fro: float, noise: float,
+    digest: str, fro: float, base_fro: float | None, noise: float,
 ) -> Solved:  # fmt: skip
     """What is stored of blocks and the index of each one's first component, where `start` are there
     already and no merge takes more than `depth`. `noise` is of the matrix's first block."""
     spectra = [
         Spectrum(
             parameter=parameter.source_id, sha256=digest, m=parameter.m, n=parameter.n, fro=fro,
-            bound=block.bound, first=first, noise=noise if first == 0 else 0.0,
+            base_fro=base_fro, bound=block.bound, first=first, noise=noise if first == 0 else 0.0,
             s=block.components.s.float().cpu().numpy(), solver=block.solver,
         )
         for first, block in found

@@ -8,7 +8,8 @@ import torch
 from svdmerge.core.block_shape import WIDTH
 from svdmerge.core.blocks import first_blocks
 from svdmerge.core.certified import Block
-from svdmerge.core.noise import noise_edge
+from svdmerge.core.noise import SquaredNorms, edge_of, squared_norms
+from svdmerge.core.products import doubled_tiles
 from svdmerge.engine.device import Pair, deltas_on, full_float32, stacks
 
 
@@ -27,14 +28,14 @@ def first_blocks_on(device: torch.device, pairs: Sequence[Pair]) -> Iterator[Fir
     stacked = list(stacks(pairs))
     with full_float32():
         for alike, deltas in zip(stacked, deltas_on(device, stacked), strict=True):
-            fros = torch.linalg.vector_norm(deltas, dim=(-2, -1), dtype=torch.float64).tolist()
+            norms = squared_norms(doubled_tiles(deltas), n=deltas.shape[-1])
+            rows, columns = norms.rows.cpu(), norms.columns.cpu()
+            fros = rows.sum(dim=-1).sqrt().tolist()
             names = [pair.name for pair in alike]
             blocks = first_blocks(deltas, fros=fros, parameters=names)
-            for name, fro, block, d in zip(names, fros, blocks, deltas, strict=True):
-                edge = noise_edge(d, leading=block.components.slice(0, WIDTH))
-                yield FirstBlock(name=name, block=_on_host(block), fro=fro, noise=edge)
-
-
-def _on_host(block: Block) -> Block:
-    c = block.components.on("cpu")
-    return Block(components=c, bound=block.bound, solver=block.solver)
+            for name, fro, block, *norms in zip(names, fros, blocks, rows, columns, strict=True):
+                edge = edge_of(
+                    SquaredNorms(rows=norms[0], columns=norms[1]),
+                    leading=block.components.slice(0, WIDTH),
+                )
+                yield FirstBlock(name=name, block=block, fro=fro, noise=edge)

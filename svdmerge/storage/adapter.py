@@ -4,86 +4,21 @@ Read are PEFT's layout and the key styles of kohya's and diffusers' trainers. Wh
 that is no low-rank difference (DoRA's magnitudes, LoHa, LoKr, trained tokens) is refused by name.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
-from svdmerge.errors import CheckpointError, ContentError
-from svdmerge.storage.adapter_names import LOW_RANK, Half, half_of, kohya_module, resolve
+from svdmerge.errors import CheckpointError
+from svdmerge.storage.adapter_names import LOW_RANK, Half, half_of, kohya_module
+from svdmerge.storage.architecture import BaseNames
 from svdmerge.storage.checkpoint import TensorRef, read_header
 from svdmerge.storage.filesystem import Folder
-
-if TYPE_CHECKING:
-    import torch
+from svdmerge.storage.low_rank import LowRank, Stack
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MERGE = "Merge it into its base (`merge_and_unload().save_pretrained(...)`) and list that model."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LowRank:
-    """A tensor's difference: scale * up @ down, or scale * up where there is no down."""
-
-    tensor: str
-    """The base's tensor."""
-    up: TensorRef
-    """B, (m, rank), of kernels (m, rank, 1, 1); without `down` the difference itself."""
-    down: TensorRef | None
-    """A, (rank, n), of kernels (rank, in, h, w)."""
-    scale: float
-    """Strength without `alpha`, else what alpha is multiplied by."""
-    alpha: TensorRef | None = None
-    """A stored scalar that multiplies the scale."""
-    transposed: bool = False
-    """Whether the base stores this layer as (in, out)."""
-
-    @property
-    def rank(self) -> int:
-        """Components at most."""
-        return self.down.shape[0] if self.down else 1
-
-    @property
-    def nbytes(self) -> int:
-        """What is read."""
-        return sum(ref.nbytes for ref in self.refs)
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """All that is read, in a fixed order."""
-        return tuple(ref for ref in (self.up, self.down, self.alpha) if ref is not None)
-
-    def read(self) -> "tuple[torch.Tensor, torch.Tensor, str]":
-        """Up (m, rank), with all scales in it, and down (rank, n), in float64 and as the base
-        stores the matrix, (1, n) if it is a vector; and sha256 of all that they depend on.
-
-        Raises:
-            ContentError: NaN or Inf in a factor.
-        """
-        import torch
-
-        digest = hashlib.sha256(f"{self.scale!r} {self.transposed}".encode())
-        read: dict[str, torch.Tensor] = {}
-        for ref in self.refs:
-            data = ref.read_bytes()
-            digest.update(data)
-            read[ref.name] = ref.decode(data).reshape(ref.shape).to(torch.float64)
-            if not torch.isfinite(read[ref.name]).all():
-                raise ContentError(
-                    f"{ref.folder.uri}/{ref.file}: {ref.name} holds NaN or Inf",
-                    "Nothing of this unit was published.",
-                    "Remove or repair the adapter.",
-                )
-        scale = self.scale * (float(read[self.alpha.name]) if self.alpha else 1.0)
-        up = read[self.up.name]
-        if self.down is None:
-            return torch.full((1, 1), scale, dtype=up.dtype), up.reshape(1, -1), digest.hexdigest()
-        up = scale * up.reshape(up.shape[:2])
-        down = read[self.down.name].reshape(self.rank, -1)
-        pair = (down.T, up.T) if self.transposed else (up, down)
-        return *pair, digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +27,7 @@ class Adapter:
 
     low_rank: Mapping[str, LowRank]
     whole: Mapping[str, TensorRef]
+    """Perhaps of other shapes, as embeddings with tokens added."""
     unplaced: tuple[str, ...]
     """What it saved whole for modules that the base does not have, such as a head."""
     digest: str
@@ -123,8 +59,8 @@ def adapter_file(place: Folder) -> tuple[Folder, str] | None:
     return (folder, names[0]) if halves & LOW_RANK else None
 
 
-def open_adapter(folder: Folder, file: str, *, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
-    """The adapter in a file, for a base with tensors of these shapes.
+def open_adapter(folder: Folder, file: str, *, base: BaseNames) -> Adapter:
+    """The adapter in a file, for a base.
 
     Raises:
         CheckpointError: half of a pair is missing, ranks contradict each other or the
@@ -148,19 +84,12 @@ def open_adapter(folder: Folder, file: str, *, shapes: Mapping[str, tuple[int, .
     found = [
         delta
         for module, parts in sorted(pairs.items())
-        for delta in _deltas(place, module, parts, config=config, shapes=shapes)
+        for delta in _deltas(place, module, parts, config=config, base=base)
     ]
-    low_rank = {delta.tensor: delta for delta in _oriented(place, found, shapes, config)}
+    low_rank = {delta.tensor: delta for delta in _oriented(place, found, base.shapes, config)}
     if len(low_rank) < len(found):
         raise CheckpointError(f"{place}: two of its layers belong to one tensor of the base")
-    placed = {name: resolve(name, shapes) for name in whole}
-    for name, tensor in placed.items():
-        if tensor and whole[name].shape != shapes[tensor]:
-            raise CheckpointError(
-                f"{place}: {name} is {list(whole[name].shape)}",
-                f"Expected {list(shapes[tensor])}, as the base's {tensor}.",
-                "Check that the adapter is of this base.",
-            )
+    placed = {name: base.tensor(name) for name in whole}
     return Adapter(
         low_rank=low_rank,
         whole={tensor: whole[name] for name, tensor in placed.items() if tensor},
@@ -202,12 +131,6 @@ def _config(folder: Folder) -> dict[str, Any]:
             "Only LoRA is a low-rank difference of the base.",
             _MERGE,
         )
-    if config.get("target_parameters"):
-        raise CheckpointError(
-            f"{place}: adapts parameters that are no layers (target_parameters)",
-            "Their factors are of stacks of experts, in a layout of their own.",
-            _MERGE,
-        )
     return config
 
 
@@ -217,9 +140,9 @@ def _deltas(
     parts: Mapping[Half, TensorRef],
     *,
     config: Mapping[str, Any] | None,
-    shapes: Mapping[str, tuple[int, ...]],
+    base: BaseNames,
 ) -> Iterator[LowRank]:
-    """A layer's difference, and that of its bias if it has one."""
+    """A layer's difference, and that of its bias if it has one; or those of a stack of experts."""
     embeds = Half.TOKENS in parts or Half.VECTORS in parts
     halves = (Half.TOKENS, Half.VECTORS) if embeds else (Half.DOWN, Half.UP)
     down, up = (parts.get(half) for half in halves)
@@ -230,20 +153,17 @@ def _deltas(
             "Half of a layer is missing.",
             "Fetch or save the adapter again.",
         )
-    spelt = kohya_module(module)
-    tensor = resolve(f"{spelt or module}.weight", shapes, flattened=spelt is not None)
-    if tensor is None:
-        raise CheckpointError(
-            f"{place}: {module} is no layer of the base",
-            f"Expected a tensor such as {next(iter(shapes), '')}.",
-            "Check that the adapter is of this base.",
-        )
     if len(down.shape) < 2 or len(up.shape) < 2 or up.shape[1] != down.shape[0] or not up.shape[1]:
         raise CheckpointError(
             f"{place}: {module} has lora_A {list(down.shape)} and lora_B {list(up.shape)}",
             "Their ranks differ.",
             "Do not use this adapter unless you know who wrote it.",
         )
+    spelt = kohya_module(module)
+    tensor = base.tensor(f"{spelt or module}.weight", flattened=spelt is not None)
+    if tensor is None:
+        yield from _of_experts(place, module, down, up, config=config, base=base)
+        return
     scale = _scale(place, module, rank=down.shape[0], config=config)
     alpha = parts.get(Half.ALPHA)
     if alpha is not None:
@@ -255,13 +175,46 @@ def _deltas(
     )  # fmt: skip
     if (bias := parts.get(Half.BIAS)) is not None:
         name = f"{tensor.removesuffix('.weight')}.bias"
-        if shapes.get(name) != bias.shape:
+        if base.shapes.get(name) != bias.shape:
             raise CheckpointError(
                 f"{place}: {module} adds a bias of {list(bias.shape)}",
                 f"The base has no such bias {name}.",
                 _MERGE,
             )
         yield LowRank(tensor=name, up=bias, down=None, scale=scale)
+
+
+def _of_experts(
+    place: str,
+    module: str,
+    down: TensorRef,
+    up: TensorRef,
+    *,
+    config: Mapping[str, Any] | None,
+    base: BaseNames,
+) -> Iterator[LowRank]:
+    """The differences of experts' matrices, which PEFT adapts as one parameter of their module.
+
+    A second parameter's layer is wrapped around the first's; which is whose, shapes tell.
+    """
+    owner = module.replace(".base_layer", "")
+    stack = base.stack(owner, down=down.shape, up=up.shape)
+    if stack is None:
+        raise CheckpointError(
+            f"{place}: {module} is no layer of the base",
+            f"Expected a tensor such as {next(iter(base.shapes), '')}.",
+            "Check that the adapter is of this base; layers that transformers names otherwise than"
+            " the base's files are found if it is installed.",
+        )
+    experts = stack.shape[0]
+    leaf = stack.name.rpartition(".")[2]
+    scale = _scale(place, f"{owner}.{leaf}", rank=down.shape[0] // experts, config=config)
+    for part in stack.parts:
+        rows = up.shape[0] if part.expert is None else part.rows
+        yield LowRank(
+            tensor=part.tensor, up=up, down=down, scale=scale, transposed=stack.transposed,
+            stack=Stack(experts=experts, expert=part.expert, first=part.first, rows=rows),
+        )  # fmt: skip
 
 
 def _scale(place: str, module: str, *, rank: int, config: Mapping[str, Any] | None) -> float:
@@ -305,7 +258,7 @@ def _oriented(
     are always the other way round.
     """
     ways = {d.tensor: _ways(d, shapes[d.tensor]) for d in found}
-    layers = [d.tensor for d in found if d.down is not None and not d.transposed]
+    layers = [d.tensor for d in found if d.down and not d.stack and not d.transposed]
     told = {next(iter(ways[name])) for name in layers if len(ways[name]) == 1}
     usual = told.pop() if len(told) == 1 else bool((config or {}).get("fan_in_fan_out"))
     for delta in found:
@@ -325,6 +278,8 @@ def _ways(delta: LowRank, shape: tuple[int, ...]) -> set[bool]:
     """Whether a layer may be stored as it is (False) or transposed (True)."""
     if delta.down is None:
         return {False}
+    if delta.stack is not None:
+        return {delta.transposed}
     up, down = delta.up.shape, delta.down.shape
     ways: set[bool] = set()
     if shape == (up[0], *down[1:]) and all(x == 1 for x in up[2:]):

@@ -6,6 +6,7 @@ Headers are bounded before they are believed; names from an index never leave th
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -19,7 +20,7 @@ from svdmerge.storage.quantised import FP8, Scale, dequantised, scaled
 if TYPE_CHECKING:
     import torch
 
-    from svdmerge.storage.adapter import LowRank
+    from svdmerge.storage.low_rank import LowRank
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's own limit on headers.
@@ -41,6 +42,8 @@ TORCH_NAMES = {
 # Entries read at once of what is too large to be held: 8 MiB of bfloat16 are what a range read of
 # an object store is fast with, and a product of so many entries as fast as of more.
 TILE = 1 << 22
+# The name of one file of several.
+_PART = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.safetensors$")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
     "Convert it once where you trust it: "
@@ -188,12 +191,12 @@ def _weight_files(folder: Folder, reference: str) -> list[str]:
     if SINGLE in names:
         return [SINGLE]
     others = [n for n in names if n.endswith(".safetensors")]
-    if len(others) == 1:
+    if len(others) == 1 and not _PART.search(others[0]):
         return others
     if others:
         raise CheckpointError(
-            f"{reference}: holds {len(others)} safetensors files and no {INDEX}",
-            f"Found {', '.join(others[:3])}; it cannot be told which make up the model.",
+            f"{reference}: has no {INDEX}",
+            f"Found {', '.join(others[:3])}; it cannot be told which files make up the model.",
             "Point at one file, or add the index.",
         )
     if any(n.endswith(PICKLES) for n in names):

@@ -111,6 +111,7 @@ def _put_layer(store: Folder, place: Place, path: str, layer: Layer) -> None:
                 m=c.u.shape[0],
                 n=c.vh.shape[1],
                 fro=float(values.norm()),
+                base_fro=None,
                 bound=0.0,
                 noise=0.0,
                 first=0,

@@ -15,8 +15,12 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_ex
 
 from svdmerge.errors import RetryableError, StoreError, SvdmergeError
 
-# s3fs caches listings per process; a store is written by many.
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"use_listings_cache": False}}
+# What installs the filesystem of a protocol: `pip install 'svdmerge[...]'`.
+_EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+# They cache listings per process; a store is written by many.
+_OPTIONS: dict[str, dict[str, Any]] = {p: {"use_listings_cache": False} for p in _EXTRAS}
+# Nor are listings of the hub's buckets remembered; commits of its repositories do not change.
+_BUCKETS = "hf://buckets/"
 # The hub's files read ahead megabytes, which a range is not to.
 _READING: dict[str, dict[str, Any]] = {"hf": {"cache_type": "none"}}
 
@@ -107,7 +111,7 @@ class Folder:
         """Size and version of a file; None if there is no such file."""
         try:
             with _reading(self, relative):
-                info = self.fs.info(self.path(relative))
+                info = self.fs.info(self.path(relative), **self._afresh)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if info.get("type") != "file":
@@ -115,7 +119,9 @@ class Folder:
         if self.is_local:
             version = str(os.stat(self.path(relative)).st_mtime_ns)  # noqa: PTH116
         else:
-            keys = ("ETag", "etag", "md5Hash", "blob_id", "created", "LastModified", "mtime")
+            keys = (
+                "ETag", "etag", "md5Hash", "blob_id", "xet_hash", "created", "LastModified", "mtime"
+            )  # fmt: skip
             version = next((str(info[k]) for k in keys if info.get(k)), "")
         return FileStat(size=int(info["size"]), version=version)
 
@@ -123,14 +129,14 @@ class Folder:
     def exists(self, relative: str = "") -> bool:
         """Whether a file or folder is there."""
         with _reading(self, relative):
-            return bool(self.fs.exists(self.path(relative)))
+            return bool(self.fs.exists(self.path(relative), **self._afresh))
 
     @_again
     def names(self) -> list[str]:
         """Names of the files and folders directly below; empty if the folder is missing."""
         try:
             with _reading(self, ""):
-                found = self.fs.ls(self.path(), detail=False)
+                found = self.fs.ls(self.path(), detail=False, **self._afresh)
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(str(p).rstrip("/").rsplit("/", 1)[-1] for p in found)
@@ -141,10 +147,23 @@ class Folder:
         root = self.path() + "/"
         try:
             with _reading(self, relative):
-                found: dict[str, Any] = self.fs.find(self.path(relative), detail=True)
+                found: dict[str, Any] = self.fs.find(
+                    self.path(relative), detail=True, **self._afresh
+                )
         except FileNotFoundError:
             return {}
         return {p.removeprefix(root): int(i["size"]) for p, i in sorted(found.items())}
+
+    @_again
+    def glob(self, pattern: str) -> dict[str, bool]:
+        """Paths below that match now, relative to this folder, and whether each is a folder."""
+        root = self.path() + "/"
+        with _reading(self, pattern):
+            found: dict[str, Any] = self.fs.glob(self.path(pattern), detail=True)
+        return {
+            p.rstrip("/").removeprefix(root): i["type"] == "directory"
+            for p, i in sorted(found.items())
+        }
 
     @_again
     def read(self, relative: str, *, start: int | None = None, stop: int | None = None) -> bytes:
@@ -232,18 +251,37 @@ class Folder:
                     out.write(data)
                     _sync(out)
                     return _link(temporary, target)
-            try:
-                if self.exists(relative):
-                    return False
-                self.fs.pipe_file(self.path(relative), data, mode="create")
-            except FileExistsError:
+            return not self.exists(relative) and self._created(relative, data)
+
+    def _created(self, relative: str, data: bytes) -> bool:
+        """Whether the store took a file on condition that there is none (If-None-Match)."""
+        try:
+            self.fs.pipe_file(self.path(relative), data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # s3fs tells a failed If-None-Match (HTTP 412) as EINVAL, and much else besides.
+            if error.errno == errno.EINVAL and self.exists(relative):
                 return False
-            except OSError as error:
-                # s3fs tells a failed If-None-Match (HTTP 412) as EINVAL, and much else besides.
-                if error.errno == errno.EINVAL and self.exists(relative):
-                    return False
-                raise
+            raise
+        return True
+
+    def enforces_put_once(self) -> bool:
+        """Whether of two that put a file once at the same time only one wins: tried, for a store
+        that does not know the condition takes both."""
+        if self.is_local:
             return True
+        probe = f".svdmerge-probe-{os.urandom(8).hex()}"
+        try:
+            self.put(probe, b"")
+            return not self._tried(probe)
+        finally:
+            self.remove(probe)
+
+    @_again
+    def _tried(self, relative: str) -> bool:
+        with _told(self, relative):
+            return self._created(relative, b"")
 
     @_again
     def remove(self, relative: str = "") -> None:
@@ -263,11 +301,19 @@ class Folder:
         self.put(probe, b"")
         self.remove(probe)
 
+    @property
+    def _afresh(self) -> dict[str, bool]:
+        """What makes a filesystem look again where it would remember."""
+        return {"refresh": True} if self.uri.startswith(_BUCKETS) else {}
+
     def _open(self) -> tuple[Any, str]:
         try:
             return fsspec.url_to_fs(self.uri, **_OPTIONS.get(_protocol(self.uri), {}))
         except (ImportError, ValueError) as error:
-            raise StoreError(f"{self.uri}: cannot be opened", str(error)) from None
+            extra = _EXTRAS.get(_protocol(self.uri))
+            missing = extra is not None and isinstance(error, ImportError)
+            fix = f"Install it: pip install 'svdmerge[{extra}]'." if missing else ""
+            raise StoreError(f"{self.uri}: cannot be opened", str(error), fix) from None
         except Exception as error:  # the hub is asked already here: see _reading
             raise RetryableError(
                 f"{self.uri}: cannot be opened", _named(error), "Check the address and the network."

@@ -1,4 +1,4 @@
-"""The output in the base's layout: weights streamed by tiles, index and side files."""
+"""The output's weights in the base's layout: streamed by tiles, checked, indexed."""
 
 import hashlib
 import itertools
@@ -14,30 +14,27 @@ from jaxtyping import Float
 from svdmerge.core.components import RankOneComponents, none
 from svdmerge.core.delta import DTYPE, all_finite
 from svdmerge.core.params import Action, Parameter
-from svdmerge.errors import CheckpointError, ContentError, StoreError
+from svdmerge.errors import ContentError, RetryableError, StoreError
 from svdmerge.storage.checkpoint import (
     FLOATING,
+    INDEX,
     ITEM_BYTES,
     SINGLE,
     TILE,
     TORCH_NAMES,
     Checkpoint,
     TensorRef,
+    read_header,
 )
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.manifest import Committed
 from svdmerge.storage.quantised import FP8
 
-MANIFEST = "svdmerge_manifest.json"
 RECIPE = "svdmerge_recipe.yml"
 PROVENANCE = "provenance/components.parquet"
+# Read at once where a file is read whole: what a range read of an object store is fast with.
+PIECE_BYTES = 16 << 20
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# Of configurations and tokenizers; the largest vocabularies stay well below.
-MAX_SIDE_FILE_BYTES = 100 << 20
-SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-# Where the base was tuned or merged by svdmerge, its claims are not the output's, and a PEFT
-# configuration would make loaders apply an adapter to it.
-NOT_COPIED = ("_manifest.json", "tune.json", "targets.json", "adapter_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +85,29 @@ def _written_as(ref: TensorRef, out_dtype: str) -> str:
     return DTYPES.get(out_dtype, "BF16" if ref.dtype in FP8 else ref.dtype)
 
 
-def split(tensors: Sequence[OutputTensor], *, max_bytes: int) -> dict[str, list[OutputTensor]]:
-    """Tensors by file name: one `model.safetensors`, or numbered shards of at most `max_bytes`.
+def split(
+    tensors: Sequence[OutputTensor], *, max_bytes: int | None
+) -> dict[str, list[OutputTensor]]:
+    """Tensors by file name: one `model.safetensors`, or numbered shards.
 
-    A tensor larger than that gets a shard of its own.
+    They lie together as in the files of the base, or with `max_bytes` in shards of at most so many;
+    a tensor larger than that gets a shard of its own.
     """
+    shards = _as_in_base(tensors) if max_bytes is None else _of_size(tensors, max_bytes)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    total = len(shards)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
+
+
+def _as_in_base(tensors: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
+    shards: dict[str, list[OutputTensor]] = {t.base.file: [] for t in tensors}
+    for tensor in tensors:
+        shards[tensor.base.file].append(tensor)
+    return [shards[file] for file in sorted(shards)] or [[]]
+
+
+def _of_size(tensors: Sequence[OutputTensor], max_bytes: int) -> list[list[OutputTensor]]:
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -101,10 +116,21 @@ def split(tensors: Sequence[OutputTensor], *, max_bytes: int) -> dict[str, list[
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    total = len(shards)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": s for i, s in enumerate(shards, start=1)}
+    return shards
+
+
+def put_index(folder: Folder, files: Mapping[str, Sequence[OutputTensor]]) -> list[WrittenFile]:
+    """The index of a sharded model as written; none where a single file holds it.
+
+    It makes the shards a model: put it when all of them are there.
+    """
+    return [put_file(folder, INDEX, index_json(files))] if len(files) > 1 else []
+
+
+def put_file(folder: Folder, name: str, data: bytes) -> WrittenFile:
+    """A small file as written."""
+    folder.put(name, data)
+    return WrittenFile(file=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def index_json(files: Mapping[str, Sequence[OutputTensor]]) -> bytes:
@@ -122,8 +148,8 @@ def index_json(files: Mapping[str, Sequence[OutputTensor]]) -> bytes:
 def write_safetensors(
     folder: Folder, file: str, *, tensors: Sequence[OutputTensor], factors: Folder
 ) -> WrittenFile:
-    """A weights file, streamed: memory is that of a tile and one matrix's factors, whatever the
-    file's size.
+    """A weights file, streamed, reopened and checked: memory is that of a tile and one matrix's
+    factors, whatever the file's size.
 
     The safetensors library writes from tensors that are all in memory, so the header (the format's
     few lines) is made here.
@@ -138,7 +164,48 @@ def write_safetensors(
             out.write(block)
             digest.update(block)
             size += len(block)
-    return WrittenFile(file=file, size=size, sha256=digest.hexdigest())
+    written = WrittenFile(file=file, size=size, sha256=digest.hexdigest())
+    check_written(folder, written, tensors=tensors)
+    return written
+
+
+def check_written(folder: Folder, written: WrittenFile, *, tensors: Sequence[OutputTensor]) -> None:
+    """Read a weights file once more: its header, its length, its sha256.
+
+    Raises:
+        StoreError: it does not hold what was written; RetryableError, if another try may help.
+    """
+    found, _, stat = read_header(folder, written.file)
+    got = {name: (ref.dtype, ref.shape) for name, ref in found.items()}
+    same = got == {t.base.name: (t.dtype, t.base.shape) for t in tensors}
+    if same and stat.size == written.size and file_sha256(folder, written.file) == written.sha256:
+        return
+    kind = StoreError if folder.is_local else RetryableError
+    raise kind(
+        f"{folder.uri}/{written.file}: is not what was written to it",
+        f"It has {stat.size} bytes, expected {written.size} of sha256 {written.sha256}.",
+        "Check the disk or the store, then run the same command again.",
+    )
+
+
+def file_size(tensors: Sequence[OutputTensor]) -> int:
+    """Bytes of a weights file."""
+    return len(_header(tensors)) + sum(t.nbytes for t in tensors)
+
+
+def file_sha256(folder: Folder, name: str) -> str:
+    """sha256 of a file, read in pieces.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    stat, digest = folder.stat(name), hashlib.sha256()
+    if stat is None:
+        raise FileNotFoundError(f"{folder.uri}/{name}")
+    for start in range(0, stat.size, PIECE_BYTES):
+        count = min(PIECE_BYTES, stat.size - start)
+        digest.update(folder.read_exactly(name, start=start, count=count))
+    return digest.hexdigest()
 
 
 def load_factors(folder: Folder) -> Committed:
@@ -228,44 +295,3 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
     # Padded to eight bytes, as the library does, so that the data are aligned.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def copy_side_files(base: Checkpoint, out: Folder) -> list[str]:
-    """Configuration and tokenizer files copied from the base's folder; their names."""
-    found = base.folder.names()
-    # An index of other weights (.bin, a variant) would point at files that are not there.
-    skipped = (".index.json", *NOT_COPIED)
-    names = [n for n in found if n.endswith(SIDE_SUFFIXES) and not n.endswith(skipped)]
-    if "modules.json" in names:  # sentence-transformers keep their pooling in folders named there
-        names += [f"{path}/config.json" for path in _module_folders(base) if path in found]
-    copied: list[str] = []
-    for name in names:
-        stat = base.folder.stat(name)
-        if stat is not None and stat.size <= MAX_SIDE_FILE_BYTES:
-            out.put(name, _unquantised(base) if name == "config.json" else base.folder.read(name))
-            copied.append(name)
-    return copied
-
-
-def _unquantised(base: Checkpoint) -> bytes:
-    """The base's configuration, without a quantisation that the output does not have."""
-    if "quantization_config" not in base.config:
-        return base.folder.read("config.json")
-    config = {k: v for k, v in base.config.items() if k != "quantization_config"}
-    return (json.dumps(config, indent=2) + "\n").encode()
-
-
-def _module_folders(base: Checkpoint) -> list[str]:
-    """What a `modules.json` names; the caller takes only what lies directly in the base's folder.
-
-    Raises:
-        CheckpointError: it is not valid JSON.
-    """
-    try:
-        modules = json.loads(base.folder.read("modules.json"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{base.folder.uri}/modules.json: not valid JSON", str(error), "Fetch it again."
-        ) from None
-    listed: list[Any] = modules if isinstance(modules, list) else []
-    return [str(m["path"]) for m in listed if isinstance(m, dict) and m.get("path")]

@@ -1,15 +1,18 @@
-"""Where things lie in the store, and what their keys cover. Imports nothing heavy."""
+"""Where things lie in the store and outputs, and what keys cover. Imports nothing heavy."""
 
 import hashlib
 import json
 from collections.abc import Iterable
 
 # Of every record and schema in the store. It is part of all keys: another version starts afresh.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Components per batch: the unit of depth and of reading. Winners of a source are few (about 5 of
 # 384 on real deltas), so a block is small, yet wide enough for level-3 BLAS in iterative solvers.
 BLOCK = 16
+
+# What an output claims; written last, so that what has one is whole.
+MANIFEST = "svdmerge_manifest.json"
 
 
 def base_key(revision: str, *, solver: str) -> str:

@@ -34,7 +34,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Covered:
-    """A matrix a commit covers: components first..depth-1, and the sha256 of what was read."""
+    """A matrix a commit covers: components first..depth-1, and the sha256 of what was read; of a
+    merge's factors, as the source's, that of all they were made of."""
 
     parameter: str
     first: int
@@ -250,8 +251,14 @@ class Committed:
         )
         return min(self.depth(parameter), max(ends, default=0))
 
+    def only(self, parameters: Iterable[str]) -> "Committed":
+        """What covers these matrices."""
+        wanted = set(parameters)
+        covering = [c for c in self.commits if wanted & {part.parameter for part in c.covered}]
+        return Committed(self.store, covering)
+
     def sha256(self, parameter: str) -> str:
-        """sha256 of the source's bytes of the matrix."""
+        """sha256 of the source's bytes of the matrix, or of what its factors were made of."""
         return self._covered[parameter][0][0].source_sha256
 
     def read(self, parameter: str, indices: Sequence[int]) -> RankOneComponents:

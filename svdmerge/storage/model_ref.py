@@ -13,7 +13,7 @@ from svdmerge.errors import CheckpointError, RetryableError
 
 # `org/name`, as the hub allows them, and a branch, tag or commit.
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(@[^@\s]+)?")
-_HUB = "hf://"
+_HUB, _BUCKETS = "hf://", "hf://buckets/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ def pinned(place: str) -> str:
         CheckpointError: the hub has no such model or revision, or does not show it.
         RetryableError: the hub does not answer.
     """
-    if not place.startswith(_HUB):
+    if not place.startswith(_HUB) or place.startswith(_BUCKETS):  # buckets have no commits
         return place
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -75,6 +75,31 @@ def pinned(place: str) -> str:
     kind = {"model": "", "dataset": "datasets/", "space": "spaces/"}[found.repo_type]
     below = f"/{found.path_in_repo}" if found.path_in_repo else ""
     return f"{_HUB}{kind}{found.repo_id}@{info.sha}{below}"
+
+
+def listed_on_hub(
+    base: str, *, relation: str, author: str | None, tags: tuple[str, ...]
+) -> list[str]:
+    """References of the hub's models that name a base as theirs, by name.
+
+    Raises:
+        RetryableError: the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    wanted = [f"base_model:{relation}:{base}", *tags]
+    try:
+        found = [model.id for model in HfApi().list_models(filter=wanted, author=author)]
+    except Exception as error:  # of the network's libraries, each of its own kind
+        raise RetryableError(
+            f"the hub does not list models of {base}", _first_line(error), "Check the network."
+        ) from error
+    return [f"{_HUB}{name}" for name in sorted(found)]
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a reference is `org/name`, with or without a revision, and no path."""
+    return _place(text) != text
 
 
 def _place(text: str) -> str:

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from svdmerge.errors import OutputError
+from svdmerge.storage.checkpoint import INDEX
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import MANIFEST, WrittenFile
+from svdmerge.storage.hf_model import WrittenFile, file_sha256
+from svdmerge.storage.layout import MANIFEST
+
+# Lies in an output that is being written in its place, until it is whole.
+UNFINISHED = ".svdmerge-unfinished"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +60,11 @@ def read_manifest(out: Folder) -> Manifest | None:
 
 
 def check_ours(out: Folder) -> None:
-    """Raise OutputError if the folder holds anything but an earlier output of svdmerge."""
+    """Raise OutputError if the folder holds anything but an output of svdmerge, whole or not."""
     if out.stat() is not None:
         raise OutputError(f"{out.uri}: is a file", "Expected a folder.", "Give another `out`.")
     names = out.names()
-    if names and read_manifest(out) is None:
+    if names and UNFINISHED not in names and read_manifest(out) is None:
         raise OutputError(
             f"{out.uri}: holds something else ({', '.join(names[:3])})",
             f"Only an output of svdmerge, with its {MANIFEST}, is ever replaced.",
@@ -71,10 +76,14 @@ def staging(out: Folder, *, plan_hash: str) -> Folder:
     """Where an output is written before it is published.
 
     A local folder is renamed at the end. Object stores have no rename: files go in place, the old
-    ones removed first, and the configuration and manifest, without which nothing loads, go last.
+    ones removed first. The index, without which shards are no model, goes first of those and last
+    of the new ones but for the manifest.
     """
     if not out.is_local:
-        out.remove()
+        out.put(UNFINISHED, b"")
+        for name in sorted(out.find(), key=lambda n: n != INDEX):
+            if name != UNFINISHED:
+                out.remove(name)
         return out
     parent, _, name = out.uri.rpartition("/")
     folder = Folder(f"{parent}/.{name}.partial-{plan_hash[:8]}")
@@ -131,9 +140,6 @@ def publish(staged: Folder, out: Folder, *, manifest: Manifest) -> None:
     Raises:
         OutputError: the place cannot be taken, or holds something else by now.
     """
-    if staged == out:
-        staged.put(MANIFEST, manifest.to_json())
-        return
     check_ours(out)  # once more: a user may have put files there meanwhile
     staged.put(MANIFEST, manifest.to_json())
     take_place(staged, out)
@@ -141,10 +147,14 @@ def publish(staged: Folder, out: Folder, *, manifest: Manifest) -> None:
 
 def take_place(staged: Folder, out: Folder) -> None:
     """Rename a local staged folder to the output's place, the old one replaced; give up the lock.
+    One that was written in its place is told to be whole.
 
     Raises:
         OutputError: the place cannot be taken.
     """
+    if staged == out:
+        staged.remove(UNFINISHED)
+        return
     target, old = Path(out.path()), Folder(f"{staged.uri}.old")
     try:
         if target.exists():
@@ -170,7 +180,7 @@ def written_files(out: Folder, *, known: Sequence[WrittenFile]) -> dict[str, dic
     for name, size in out.find().items():
         if is_partial(name):
             out.remove(name)
-        elif name not in files and name != MANIFEST:
+        elif name not in files and name not in (MANIFEST, UNFINISHED):
             digest = hashlib.sha256(out.read(name)).hexdigest()
             files[name] = {"size": size, "sha256": digest}
     return dict(sorted(files.items()))
@@ -191,15 +201,6 @@ def damaged_files(out: Folder, manifest: Manifest) -> list[str]:
     known = set(manifest.files)
     faults += [f"{n}: not of this output" for n in sizes if _is_weights(n) and n not in known]
     return faults
-
-
-def file_sha256(folder: Folder, name: str) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with folder.fs.open(folder.path(name), "rb") as file:
-        while piece := file.read(16 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def is_partial(path: str) -> bool:

@@ -28,6 +28,7 @@ SPECTRUM = pa.schema(
         pa.field("m", pa.int64(), nullable=False),
         pa.field("n", pa.int64(), nullable=False),
         pa.field("fro", pa.float64(), nullable=False),  # Frobenius norm of the difference
+        pa.field("base_fro", pa.float64()),  # and of the base's matrix, where that was read
         pa.field("bound", pa.float64(), nullable=False),  # on every singular value not listed
         pa.field("noise", pa.float64(), nullable=False),  # values up to it may be noise alone
         pa.field("first", pa.int32(), nullable=False),  # index of the first value listed

@@ -57,6 +57,8 @@ class Spectrum:
     m: int
     n: int
     fro: float
+    base_fro: float | None
+    """Of the base's matrix; None where it was not read, as of adapters."""
     bound: float
     noise: float
     """Edge of the noise, by the record of the first values."""

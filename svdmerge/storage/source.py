@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from svdmerge.errors import CheckpointError
 from svdmerge.storage.adapter import adapter_file, open_adapter
+from svdmerge.storage.architecture import BaseNames
 from svdmerge.storage.checkpoint import Checkpoint, open_checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.model_ref import parse_reference, pinned
@@ -33,7 +34,7 @@ def open_source(reference: str, *, base: Checkpoint) -> tuple[Checkpoint, tuple[
     model = base if ref.adapter is None else open_checkpoint(ref.model)
     folder, file = found
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    adapter = open_adapter(folder, file, shapes=shapes)
+    adapter = open_adapter(folder, file, base=BaseNames(shapes=shapes, config=base.config))
     alone = model.revision == base.revision
     digest = hashlib.sha256(f"{adapter.digest}\0{'' if alone else model.revision}".encode())
     source = replace(

@@ -6,7 +6,7 @@ the weights from our own reader, so any fsspec URI works.
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from svdmerge.errors import SvdmergeError, TrainingError
 from svdmerge.recipe import TuneConfig
+from svdmerge.storage.architecture import ClassTensor, class_tensors
 from svdmerge.storage.checkpoint import FLOATING, Checkpoint
 
 Inputs = Tensor | dict[str, Tensor]
@@ -39,6 +40,8 @@ class Backbone:
     """Module names that may be absent from a checkpoint, for features do not depend on them."""
     pooled: bool
     """Whether the module's own output is the features; else tokens or patches are averaged."""
+    stacks: Mapping[str, ClassTensor] = field(default_factory=dict[str, ClassTensor])
+    """The module's tensors that the checkpoint holds in parts, as experts, by name."""
 
     def features(self, inputs: Inputs) -> Tensor:
         """Features (b, d)."""
@@ -108,9 +111,15 @@ def build_backbone(config: TuneConfig, *, base: Checkpoint) -> Backbone:
     """
     module = build_module(config.model, base.config, origin=base.reference)
     is_transformers = config.model.startswith("transformers:")
+    shapes = {name: ref.shape for name, ref in base.tensors.items()}
+    own = class_tensors(module, shapes) if is_transformers else {}
+    stacks = {name: tensor for name, tensor in own.items() if len(tensor.parts) > 1}
+    parts = {part.tensor for tensor in stacks.values() for part in tensor.parts}
+    names = _names(module, base) if is_transformers else {n: n for n in base.tensors}
     backbone = Backbone(
         module=module.eval().float(),
-        names=_names(module, base) if is_transformers else {n: n for n in base.tensors},
+        names={name: own for name, own in names.items() if name not in parts},
+        stacks=stacks,
         unused=UNUSED_MODULES if is_transformers else (),
         pooled=not is_transformers,
     )
@@ -145,10 +154,13 @@ def build_module(model: str, config: Mapping[str, Any], *, origin: str) -> nn.Mo
 
 
 def _from_transformers(factory: Any, config: Mapping[str, Any]) -> nn.Module:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedModel
 
     fields = {k: v for k, v in config.items() if k != "auto_map"}  # remote code stays out
-    return factory.from_config(AutoConfig.for_model(**fields))
+    known = AutoConfig.for_model(**fields)
+    if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
+        return factory(cast(Any, known))
+    return factory.from_config(known)
 
 
 def _from_callable(
@@ -180,7 +192,7 @@ def _names(module: nn.Module, base: Checkpoint) -> dict[str, str]:
 def _renamings(module: nn.Module) -> list[Any]:
     """transformers' own renamings: some modules' names are no longer those in files.
 
-    What it computes instead, such as fused experts, is left out here and told as missing later.
+    Experts are stacked otherwise; what else it computes is left out, and told as missing later.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
@@ -230,12 +242,18 @@ def load_weights(backbone: Backbone, *, checkpoint: Checkpoint, base: Checkpoint
         tensor = own.read()
         floating = own.dtype in FLOATING
         state[backbone.module_name(name)] = tensor.to(torch.float32) if floating else tensor
+    for name, stack in backbone.stacks.items():
+        state[name] = torch.empty(stack.shape)
+        for part in stack.parts:
+            rows = slice(part.first, part.first + part.rows)
+            held = base if part.tensor in absent else checkpoint
+            state[name][part.expert, rows] = held.tensors[part.tensor].read().to(torch.float32)
     backbone.module.load_state_dict(state, strict=False)
 
 
 def _check_names(backbone: Backbone, *, base: Checkpoint) -> None:
     expected = backbone.module.state_dict()
-    given = set(backbone.names.values())
+    given = {*backbone.names.values(), *backbone.stacks}
     missing = sorted(
         n
         for n in set(expected) - given - _tied(expected, given=given)

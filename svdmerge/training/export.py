@@ -1,7 +1,8 @@
-"""The adapted model as files: adapter, full model or PEFT adapter, the head, what they are."""
+"""The merged or adapted model as files: full model, adapter, PEFT adapter, head, manifest."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,14 +17,21 @@ from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import (
     OutputTensor,
-    copy_side_files,
-    index_json,
+    put_index,
     split,
     write_safetensors,
 )
 from svdmerge.storage.manifest import Covered, put_unit
-from svdmerge.storage.output import release, staging, take_place, written_files
+from svdmerge.storage.output import (
+    UNFINISHED,
+    read_manifest,
+    release,
+    staging,
+    take_place,
+    written_files,
+)
 from svdmerge.storage.shards import Rows
+from svdmerge.storage.side_files import copy_side_files
 from svdmerge.training.adapter import (
     ADAPTER,
     HEAD,
@@ -35,10 +43,8 @@ from svdmerge.training.adapter import (
     open_adapted,
 )
 from svdmerge.training.peft_export import write_peft
-
-MARKER = ".svdmerge-tune-partial"
-# The Hugging Face default: larger files fail on some stores and tools.
-MAX_SHARD_BYTES = 5 * 10**9
+from svdmerge.training.peft_report import PeftReport
+from svdmerge.training.plain import open_merged
 
 Form = Literal["model", "peft", "peft-on-merged"]
 
@@ -46,7 +52,7 @@ Form = Literal["model", "peft", "peft-on-merged"]
 def check_out(out: Folder) -> None:
     """Raise OutputError if the folder holds anything but an earlier, or unfinished, tuning."""
     names = out.names()
-    if names and not {TUNE, MARKER} & set(names):
+    if names and not {TUNE, UNFINISHED} & set(names):
         raise OutputError(
             f"{out.uri}: holds something else ({', '.join(names[:3])})",
             f"Only an earlier tuned model, with its {TUNE}, is ever replaced.",
@@ -63,16 +69,20 @@ def export(
     head: LinearHead | None,
     key: str,
     result_json: str,
+    results: Mapping[str, bytes],
     scratch: Folder,
 ) -> None:
     """Write what `save` asks for: beside its place and renamed if local, else `tune.json` last.
 
-    `key` names this tuning; `scratch` is where changes pass to the weights' writer.
+    `key` names this tuning; `results` are files for the hub, by path; `scratch` is where changes
+    pass to the weights' writer.
     """
     check_out(out)
     staged = staging(out, plan_hash=key)
     try:
         _write(staged, adapted=adapted, adapter=adapter, head=head, scratch=scratch)
+        for name, data in results.items():
+            staged.put(name, data)
         metadata = {"tuning": key, "base": adapted.base.revision, "merged": adapted.merged.revision}
         manifest = json.loads(result_json) | {
             "metadata": metadata,
@@ -81,7 +91,7 @@ def export(
         }
         staged.put(TUNE, (json.dumps(manifest, indent=1) + "\n").encode())
         check_out(out)  # once more: a user may have put files there meanwhile
-        _publish(staged, out)
+        take_place(staged, out)
     finally:
         release(staged)
 
@@ -94,8 +104,7 @@ def _write(
     head: LinearHead | None,
     scratch: Folder,
 ) -> None:
-    """Everything but the manifest; a marker tells an unfinished folder as ours."""
-    staged.put(MARKER, b"")
+    """Everything but the manifest."""
     saved = adapted.config.saved
     if "adapter" in saved:
         staged.put(ADAPTER, adapter_bytes(adapter))
@@ -105,42 +114,74 @@ def _write(
         write_peft(staged.child("peft"), adapted, on_merged=False)
     if head is not None:
         staged.put(HEAD, files.save(_head_tensors(head), metadata={"format": "pt"}))
-    staged.remove(MARKER)
 
 
-def export_adapter(tuned: str, to: str, *, form: Form, places: Mapping[str, str | None]) -> Folder:
-    """The folder that a tuned adapter was written to in another form, its head beside it.
+def export_adapter(
+    folder: str,
+    to: str,
+    *,
+    form: Form,
+    rank: int | None = None,
+    model: str | None = None,
+    places: Mapping[str, str | None],
+) -> PeftReport | None:
+    """Write a tuned adapter, or a merge, to a folder in another form, its head beside it; what an
+    adapter leaves out.
 
     Raises:
-        OutputError: `to` is not empty, or the merged factors are not the adapter's.
+        OutputError: `to` is not empty, the merged factors are not the adapter's, or the folder
+            holds nothing that has this form.
     """
-    out = Folder.at(to)
-    if names := out.names():
+    out, given = Folder.at(to), Folder.at(folder)
+    if (names := out.names()) and UNFINISHED not in names:
         raise OutputError(
             f"{out.uri}: is not empty ({', '.join(names[:3])})", "", "Give a new folder."
         )
-    adapted = open_adapted(tuned, **places)
+    adapted = _opened(given, form=form, model=model, places=places)
     staged = staging(out, plan_hash="exported")
+    report: PeftReport | None = None
     try:
         if form == "model":
             write_model(staged, adapted, scratch=staged.child(".change"))
         else:
-            write_peft(staged, adapted, on_merged=form == "peft-on-merged")
-        if Folder.at(tuned).stat(HEAD) is not None:
-            staged.put(HEAD, Folder.at(tuned).read(HEAD))
+            report = write_peft(staged, adapted, on_merged=form == "peft-on-merged", rank=rank)
+        if given.stat(HEAD) is not None:
+            staged.put(HEAD, given.read(HEAD))
     except BaseException:
         staged.remove()
         raise
-    _publish(staged, out)
-    return out
+    finally:
+        release(staged)
+    take_place(staged, out)
+    return report
+
+
+def _opened(
+    folder: Folder, *, form: Form, model: str | None, places: Mapping[str, str | None]
+) -> Adapted:
+    """What a tuned folder, or a run's output, holds."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        found = open_adapted(folder.uri, **places)
+        named = found.config.model_copy(update={"model": model or found.config.model})
+        return replace(found, config=named)
+    if form != "peft":
+        raise OutputError(
+            f"{folder.uri}: is a merge without tuning",
+            "It is the full model already." if form == "model" else "Nothing is on top of it.",
+            "Export it as `peft`, or give the folder of a tuned model.",
+        )
+    return open_merged(
+        folder, manifest, model=model, base=places.get("base"), factors=places.get("factors")
+    )
 
 
 def write_model(staged: Folder, adapted: Adapted, *, scratch: Folder) -> None:
     """Write the adapted model whole, with its configuration and tokenizer."""
+    copy_side_files(adapted.base, staged)
     export_model(
         staged, base=adapted.base, merged=adapted.merged, changes=adapted.changes, scratch=scratch
     )
-    copy_side_files(adapted.base, staged)
 
 
 def export_model(
@@ -166,11 +207,10 @@ def export_model(
         )
         for name, ref in base.tensors.items()
     ]
-    parts = split(tensors, max_bytes=MAX_SHARD_BYTES)
+    parts = split(tensors, max_bytes=None)
     for file, part in parts.items():
         write_safetensors(staged, file, tensors=part, factors=scratch)
-    if len(parts) > 1:
-        staged.put("model.safetensors.index.json", index_json(parts))
+    put_index(staged, parts)
     scratch.remove()
 
 
@@ -207,8 +247,3 @@ def _head_tensors(head: LinearHead) -> dict[str, Tensor]:
         "bias": head.bias.to(torch.float32).contiguous(),
         "classes": torch.arange(head.bias.shape[0]),
     }
-
-
-def _publish(staged: Folder, out: Folder) -> None:
-    if staged != out:
-        take_place(staged, out)

@@ -1,17 +1,18 @@
-"""The adapted model as a PEFT LoRA adapter: on the recipe's base, or on the merged model.
+"""The merged or adapted model as a PEFT LoRA adapter, on the base; or the tuning on the merge.
 
 Per matrix delta = U diag(s) Vh = B A with A = diag(sqrt|s|) Vh and B = U diag(sign(s) sqrt|s|), and
 alpha = rank, so that PEFT's scaling alpha / rank is 1. PEFT itself is not needed to write one.
 
 What is averaged goes along on the base: a LoRA layer's bias as the bias of its B (`lora_bias`), and
-every other module with a changed tensor, such as a norm, whole (`modules_to_save`). On the merged
-model only the tuned matrices differ, and nothing else is written.
+every other module with a changed tensor, such as a norm, whole (`modules_to_save`). Experts' biases
+are saved whole, for PEFT's layers of stacks have none. On the merged model only the tuned matrices
+differ, and nothing else is written.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +20,15 @@ from safetensors import torch as files
 from torch import Tensor, nn
 
 from svdmerge.core.components import RankOneComponents, concatenate
+from svdmerge.core.truncate import Truncated, truncated
 from svdmerge.errors import OutputError
 from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.hf_model import put_file
 from svdmerge.training.adapter import Adapted
 from svdmerge.training.backbone import Backbone, build_backbone
+from svdmerge.training.peft_experts import ExpertLayer, expert_layers
+from svdmerge.training.peft_report import REPORT, PeftReport, rank_errors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -36,6 +41,8 @@ class _Parts:
 
     lora: Mapping[str, RankOneComponents]
     """Differences of weights, as stored in the checkpoint."""
+    experts: Mapping[str, RankOneComponents]
+    """Differences of experts' matrices, which the module holds in stacks, by checkpoint name."""
     biases: Mapping[str, Tensor]
     """Differences of the biases of `lora`'s modules."""
     whole: Mapping[str, Tensor]
@@ -44,17 +51,32 @@ class _Parts:
     """Those modules."""
 
 
-def write_peft(folder: Folder, adapted: Adapted, *, on_merged: bool) -> None:
-    """Write the adapter that makes the base, or the merged model, the adapted one.
+def write_peft(
+    folder: Folder, adapted: Adapted, *, on_merged: bool, rank: int | None = None
+) -> PeftReport:
+    """Write the adapter that makes the base, or the merged model, the adapted one; what it is.
 
-    The modules are those of the class that `tune.model` names.
+    The modules are those of the class that `tune.model` names. With `rank`, each matrix keeps at
+    most so many components, the best of that number.
 
     Raises:
         OutputError: a changed tensor belongs to the model itself and not to a module of it.
     """
     backbone = build_backbone(adapted.config, base=adapted.base)
     parts = _tuned(adapted, backbone) if on_merged else _adapted(adapted, backbone)
+    cut: dict[str, Truncated] = {}
+    if rank is not None:
+        cut = {n: truncated(c, rank=rank) for n, c in {**parts.lora, **parts.experts}.items()}
+        kept = {n: found.components for n, found in cut.items() if len(found.components)}
+        parts = replace(
+            parts,
+            lora={n: c for n, c in kept.items() if n in parts.lora},
+            experts={n: c for n, c in kept.items() if n in parts.experts},
+        )
+    stacks = list(expert_layers(parts.experts, backbone))
     tensors: dict[str, Tensor] = {}
+    for layer in stacks:
+        tensors |= {f"{layer.path}.lora_A.weight": layer.a, f"{layer.path}.lora_B.weight": layer.b}
     for path, components in parts.lora.items():
         a, b = _factors(components, backbone.module.get_submodule(path))
         tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
@@ -64,14 +86,30 @@ def write_peft(folder: Folder, adapted: Adapted, *, on_merged: bool) -> None:
     tensors |= parts.whole
     named = {_PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     on = adapted.merged if on_merged else adapted.base
-    config = _config(parts, backbone.module, on=on, task=str(adapted.config.task))
-    folder.put(WEIGHTS, files.save(named, metadata={"format": "pt"}))
-    folder.put(CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    config = _config(parts, stacks, backbone.module, on=on, task=str(adapted.config.task))
+    written = [
+        put_file(folder, WEIGHTS, files.save(named, metadata={"format": "pt"})),
+        put_file(folder, CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()),
+    ]
+    error, of_each = rank_errors({**parts.lora, **parts.experts}, cut)
+    report = PeftReport(
+        base=on.reference,
+        merged=adapted.merged.reference,
+        model=adapted.config.model,
+        tuned=bool(adapted.changes),
+        rank=rank,
+        relative_error=error,
+        matrices=of_each,
+        whole=parts.modules,
+        files={w.file: w.sha256 for w in written},
+    )
+    folder.put(REPORT, report.to_json())
+    return report
 
 
 def _tuned(adapted: Adapted, backbone: Backbone) -> _Parts:
     lora = {_owner(backbone.module_name(name)): c for name, c in adapted.changes.items()}
-    return _Parts(lora=lora, biases={}, whole={}, modules=())
+    return _Parts(lora=lora, experts={}, biases={}, whole={}, modules=())
 
 
 def _adapted(adapted: Adapted, backbone: Backbone) -> _Parts:
@@ -79,6 +117,8 @@ def _adapted(adapted: Adapted, backbone: Backbone) -> _Parts:
     # Tensors outside the backbone, such as an old head, are not of the model the adapter is put on.
     names = {n: backbone.module_name(n) for n in adapted.base.tensors}
     names = {n: own for n, own in names.items() if own in held}
+    stacked = [part.tensor for stack in backbone.stacks.values() for part in stack.parts]
+    experts = {n: c for n in stacked if (c := _components(n, adapted)) is not None}
     lora = {
         _owner(own): components
         for n, own in names.items()
@@ -86,13 +126,18 @@ def _adapted(adapted: Adapted, backbone: Backbone) -> _Parts:
     }
     weights = {f"{path}.weight" for path in lora}
     changed = [n for n, own in names.items() if own not in weights and _changed(n, adapted)]
-    of_lora = {n for n in changed if _owner(names[n]) in lora and names[n].endswith(".bias")}
+    of_lora = {
+        n
+        for n in changed
+        if _owner(names[n]) in lora and names[n].endswith(".bias") and not experts
+    }
     modules = _closed(
         [_owner_of(n, names[n]) for n in changed if n not in of_lora], backbone.module
     )
     kept = {path: c for path, c in lora.items() if not _inside(path, modules)}
     return _Parts(
         lora=kept,
+        experts=experts,
         biases={
             _owner(names[n]): _read(adapted.merged, n) - _read(adapted.base, n)
             for n in of_lora
@@ -106,10 +151,15 @@ def _adapted(adapted: Adapted, backbone: Backbone) -> _Parts:
 def _difference(
     name: str, adapted: Adapted, model: nn.Module, own: str
 ) -> RankOneComponents | None:
-    """Merged and tuned components of a matrix; None where LoRA cannot carry them, or none are."""
+    """Components of a layer's weight; None where LoRA cannot carry them, or there are none."""
     owner = _owner(own)
     if not owner or own != f"{owner}.weight" or not _carries(model.get_submodule(owner)):
         return None
+    return _components(name, adapted)
+
+
+def _components(name: str, adapted: Adapted) -> RankOneComponents | None:
+    """Merged and tuned components of a matrix; None if there are none."""
     depth = adapted.factors.depth(name)
     parts = [adapted.factors.read(name, range(depth))] if depth else []
     parts += [adapted.changes[name]] if name in adapted.changes else []
@@ -231,12 +281,17 @@ def _value(adapted: Adapted, name: str) -> Tensor:
     return (merged.to(torch.float64) + change).to(merged.dtype)
 
 
-def _config(parts: _Parts, model: nn.Module, *, on: Checkpoint, task: str) -> dict[str, Any]:
-    ranks = {path: len(c) for path, c in parts.lora.items()}
+def _config(
+    parts: _Parts, stacks: Sequence[ExpertLayer], model: nn.Module, *, on: Checkpoint, task: str
+) -> dict[str, Any]:
+    modules = {path: len(c) for path, c in parts.lora.items()}
+    parameters = {layer.parameter: layer.rank for layer in stacks}
+    ranks = modules | parameters
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    # PEFT takes the first pattern that a module's name ends with: the most specific goes first.
-    patterns = dict(sorted(ranks.items(), key=lambda x: (-x[0].count("."), x[0])))
-    own = patterns if set(ranks.values()) != {usual} else {}
+    # PEFT takes every module whose name ends with a target's, and the first pattern that a name
+    # ends with, unless that says that it is the whole name.
+    also = [n for n, _ in model.named_modules() if any(n.endswith(f".{m}") for m in modules)]
+    own = {f"^{path}": rank for path, rank in ranks.items() if rank != usual}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if task == "causal_lm" else None,
@@ -250,7 +305,9 @@ def _config(parts: _Parts, model: nn.Module, *, on: Checkpoint, task: str) -> di
         "bias": "none",
         "lora_bias": bool(parts.biases),
         "use_rslora": False,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(modules),
+        "exclude_modules": sorted(set(also) - set(modules)) or None,
+        "target_parameters": sorted(parameters) or None,
         "modules_to_save": list(parts.modules) or None,
-        "fan_in_fan_out": any(_is_transposed(model.get_submodule(p)) for p in ranks),
+        "fan_in_fan_out": any(_is_transposed(model.get_submodule(p)) for p in modules),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from svdmerge.errors import TrainingError
 from svdmerge.storage.checkpoint import Checkpoint
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import copy_side_files
+from svdmerge.storage.side_files import copy_side_files
 
 # What a language model takes; others, as token types, would be added to its embeddings.
 MODEL_COLUMNS = ("input_ids", "attention_mask")

@@ -34,6 +34,8 @@ from svdmerge.training.objective import Objective
 _PLACES = frozenset({"test", "out", "num_workers", "shard", "use_gpu", "save", "targets"}) | {
     "checkpoint_every",
     "checkpoint_every_s",
+    "dataset",
+    "dataset_task",
 }
 HEAD = "head-start.pt"
 

@@ -23,6 +23,7 @@ from svdmerge.training.adapter import Adapted, Adapter, Origin, absolute, factor
 from svdmerge.training.backbone import Backbone, build_backbone, lacking
 from svdmerge.training.checkpointing import State, save_file, untrained
 from svdmerge.training.data import Target, hold_out, load_target
+from svdmerge.training.eval_results import eval_results
 from svdmerge.training.export import check_out, export
 from svdmerge.training.features import Features, FeatureStore, cached
 from svdmerge.training.fit import fit, own_device
@@ -316,6 +317,7 @@ class _Tuning:
             head=trained_head(state),
             key=self.key,
             result_json=result.to_json(),
+            results=eval_results(self.config, result, row=TUNED),
             scratch=self.job.folder.child("change"),
         )
 

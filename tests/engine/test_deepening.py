@@ -28,7 +28,8 @@ def made(root: Path) -> Bench:
         )
         for i in range(4)
     )
-    return Bench(root=root, base=tiny.write_model(root / "base", base), sources=sources)
+    base_model = tiny.write_model(root / "base", base)
+    return Bench(root=root, base=base_model, sources=sources, admit=True)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])

@@ -136,7 +136,7 @@ def assert_is_reference(bench: Bench, changes: dict[str, Any], **options: Any) -
 def test_one_budget_is_spent_over_all_matrices(bench: Bench, k: float, solver: str) -> None:
     changes = {"parameters": {"k": k, "scope": "global", "svd": solver}}
     assert_is_reference(bench, changes, k=k)
-    assert [c.claim for c in verify(str(bench.out)) if not c.held] == []
+    assert [c.claim for c in verify(str(bench.out)) if c.held is False] == []
 
 
 def test_a_matrix_keeps_from_nothing_to_its_rank(bench: Bench) -> None:
@@ -197,6 +197,7 @@ def test_equal_values_are_taken_by_content_then_matrix(tmp_path: Path) -> None:
         root=tmp_path,
         base=tiny.write_model(tmp_path / "base", {n: torch.zeros(6, 6) for n in names}),
         sources=(tiny.write_model(tmp_path / "source", {n: change.clone() for n in names}),),
+        admit=True,
     )
     bench.run(parameters={"k": 2, "scope": "global"})
     assert kept_by_matrix(bench) == dict.fromkeys(names, 2)
@@ -223,6 +224,7 @@ def test_only_what_may_exceed_the_common_cut_is_deepened(tmp_path: Path) -> None
         root=tmp_path,
         base=tiny.write_model(tmp_path / "base", base),
         sources=tuple(source(i) for i in (1, 2, 3)),
+        admit=True,
     )
     changes = {"parameters": {"k": 0.2, "scope": "global"}}
     report = bench.run(**changes)

@@ -17,7 +17,8 @@ from merging import (
 )
 
 from svdmerge.core.params import Action
-from svdmerge.engine.estimate import estimate, svd_flops
+from svdmerge.engine.estimate import estimate
+from svdmerge.engine.flops import svd_flops
 from svdmerge.engine.plan import UNIT_BYTES, decompose_bytes, unit_bytes, write_bytes
 from svdmerge.errors import MismatchError, RecipeError, ResourceError
 
@@ -70,6 +71,7 @@ def test_the_hash_covers_what_numbers_depend_on_and_nothing_else(bench: Bench) -
     same = [
         bench.plan(out=str(bench.root / "x")),
         bench.plan(store=str(bench.root / "y")),
+        bench.plan(max_shard_size="1KB"),
         bench.plan(models=list(reversed(bench.raw()["models"]))),
     ]
     others = [
@@ -80,7 +82,6 @@ def test_the_hash_covers_what_numbers_depend_on_and_nothing_else(bench: Bench) -
         bench.plan(models=[{"model": m, "weight": 0.5} for m in bench.raw()["models"]]),
         bench.plan(merge_method="average"),
         bench.plan(out_dtype="float16"),
-        bench.plan(max_shard_size="1KB"),
         bench.plan(policies=[{"match": "*.bias", "policy": "base"}]),
         bench.plan(resources={"threads": 2}),
     ]

@@ -1,15 +1,16 @@
 """Matrices that no task may hold: decomposed in blocks of rows, they are what full SVDs give."""
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from merging import Bench, outcome, tree
-from tiny import write_model
+from tiny import read_model, write_model
 from torch import Tensor
 
 from svdmerge.core.params import Action, matrices
@@ -19,6 +20,7 @@ from svdmerge.engine.estimate import estimate
 from svdmerge.engine.memory import iteration_bytes, pass_bytes, survey_bytes
 from svdmerge.engine.plan import Plan
 from svdmerge.engine.runtime import InProcess
+from svdmerge.engine.tally import Tally
 from svdmerge.errors import ContentError, ResourceError, SolverError
 from svdmerge.progress import SILENT
 from svdmerge.storage.checkpoint import TensorRef
@@ -55,10 +57,14 @@ def models(root: Path, deltas: Sequence[Tensor]) -> Bench:
         sources=tuple(
             write_model(
                 root / f"source-{i}",
-                {NAME: (start.double() + d).bfloat16(), "b.weight": torch.full((6, 5), i + 1.0)},
+                {
+                    NAME: (start.double() + d).bfloat16(),
+                    "b.weight": torch.full((6, 5), i + 1.0),
+                },
             )
             for i, d in enumerate(deltas)
         ),
+        admit=True,
     )
 
 
@@ -92,6 +98,7 @@ class Failing:
 
     left: int
     address: str = "none"
+    tally: Tally = field(default_factory=Tally)
 
     def map(self, task: Callable[..., Any], units: Sequence[Any], **options: Any) -> list[Any]:
         if self.left == 0:
@@ -106,6 +113,12 @@ def test_what_is_stored_and_selected_is_what_full_svds_give(
 ) -> None:
     bench = falling(tmp_path, shape=shape)
     report = bench.run(**RESOURCES, **K)
+    base = float(read_model(bench.base)[NAME].double().norm())
+    for i, delta in enumerate(differences(bench)):
+        kinship = report.kinship[str(bench.sources[i])]
+        assert kinship is not None
+        size = math.hypot(float(delta.norm()), (i + 1) * 30**0.5)  # b.weight's too
+        assert kinship.norm == pytest.approx(size / base, rel=1e-6)
     exact = [torch.linalg.svd(d, full_matrices=False) for d in differences(bench)]
     ranked = sorted((float(s), i) for i, e in enumerate(exact) for s in e.S)[-24:]
     # And one of the other matrix each, whose changes are of rank one.

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from svdmerge.engine import runtime as runtime_module
 from svdmerge.engine.retry import RetryPolicy
 from svdmerge.engine.runtime import InProcess, RayTasks, call, open_runtime
+from svdmerge.engine.tally import Tally
 from svdmerge.errors import ContentError, ResourceError, RetryableError, SvdmergeError
 from svdmerge.progress import SILENT
 
@@ -264,3 +266,32 @@ def test_in_this_process_nothing_of_ray_is_started() -> None:
     with open_runtime("none") as runtime:
         assert isinstance(runtime, InProcess)
         assert runtime.address == "none"
+
+
+def test_the_window_grows_with_the_cluster(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An autoscaler adds machines for what waits, and these get their share of the next units."""
+    monkeypatch.setattr(runtime_module, "RESIZE_S", 0.0)
+    depths: list[int] = []
+
+    class Watched(Tally):
+        def put(self, metric: Any, value: float, **labels: str) -> None:
+            if labels["state"] == "running":
+                depths.append(int(value))
+
+    runtime = RayTasks("local")
+    runtime.tally = Watched()
+    monkeypatch.setattr(runtime_module, "_limits", limits_of(1.0, then=3.0))
+    runtime.map(lambda u: u.name, [unit(str(i)) for i in range(12)], stage="x", progress=SILENT)
+    assert max(depths) == 6
+
+
+def limits_of(first: float, *, then: float) -> Any:
+    """What a cluster has: so many processors when it is first asked for, and later."""
+    asked = [first]
+
+    def limits() -> dict[str, float]:
+        return {"CPU": asked.pop() if asked else then, "GPU": 0.0, "memory": 2.0**40}
+
+    return limits

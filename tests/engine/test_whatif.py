@@ -38,7 +38,7 @@ def listed(name: str, s: list[float], *, weight: float = 1.0, bound: float = 0.0
     values = np.array(s, np.float32)
     spectrum = Spectrum(
         parameter="x", sha256=name, m=8, n=8, fro=float(np.linalg.norm(values)), bound=bound,
-        noise=0.0, first=0, s=values, solver="exact",
+        base_fro=None, noise=0.0, first=0, s=values, solver="exact",
     )  # fmt: skip
     return Listed(sha256=name, source=f"source {name}", weight=weight, spectra=[spectrum])
 
@@ -166,7 +166,7 @@ def test_whatif_is_not_certain_where_unstored_values_might_win(tmp_path: Path) -
     base = model("base", 0)
     start = tiny.read_model(base)["a.weight"]
     sources = (model("one", 1, start), model("two", 2, start))
-    bench = Bench(root=tmp_path, base=base, sources=sources)
+    bench = Bench(root=tmp_path, base=base, sources=sources, admit=True)
     changes = {"parameters": {"k": 4}}
     bench.run(**changes)
     told = whatif(bench.plan(**changes), budgets=[4, 8, 24, 40, 90])
@@ -183,6 +183,7 @@ def test_whatif_of_a_model_with_an_empty_matrix(tmp_path: Path) -> None:
         root=tmp_path,
         base=tiny.write_model(tmp_path / "base", models[0]),
         sources=(tiny.write_model(tmp_path / "source", models[1]),),
+        admit=True,
     )
     report = bench.run(parameters={"k": 2})
     (told,) = whatif(bench.plan(parameters={"k": 2}), budgets=[2])

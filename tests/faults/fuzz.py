@@ -12,6 +12,7 @@ from typing import Any
 
 from svdmerge.errors import SvdmergeError
 from svdmerge.storage.adapter import adapter_file, open_adapter
+from svdmerge.storage.architecture import BaseNames
 from svdmerge.storage.checkpoint import open_checkpoint
 from svdmerge.storage.filesystem import Folder
 
@@ -175,7 +176,7 @@ def open_adapted(folder: Path) -> None:
     """Open an adapter and read each of its factors."""
     found = adapter_file(Folder.at(folder))
     assert found is not None
-    for delta in open_adapter(*found, shapes=SHAPES).low_rank.values():
+    for delta in open_adapter(*found, base=BaseNames(shapes=SHAPES, config={})).low_rank.values():
         delta.read()
 
 

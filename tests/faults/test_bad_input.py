@@ -221,6 +221,32 @@ def test_a_source_with_integers_for_floats_is_refused(bench: Bench, no_ray: None
     )
 
 
+def test_a_tensor_that_the_recipe_refuses_as_extra_is_named(bench: Bench, no_ray: None) -> None:
+    micro_model(bench.sources[1], seed=3, base=bench.base, extra=torch.ones(3))
+    raw = bench.raw(policies=[{"match": "*", "extra": "error"}])
+    told_before_anything_starts(
+        bench, raw, MismatchError, str(bench.sources[1]), "has extra", "extra: error"
+    )
+
+
+def test_a_mapping_of_what_there_is_not_is_told(bench: Bench, no_ray: None) -> None:
+    for tensors, kind, words in (
+        ({"c.weight": "a.weight"}, RecipeError, ("'c.weight' matches no tensor", "on the left")),
+        ({"a.weight": "c.weight"}, MismatchError, ("lacks c.weight", "a.weight")),
+        ({"a.weight": "a.weight[30:40]"}, MismatchError, ("a.weight [24, 18] has no rows 30:40",)),
+        ({"a.*": "a.weight"}, RecipeError, ("models.0", "as many stars")),
+    ):
+        raw = bench.raw(models=[{"model": str(bench.sources[1]), "tensors": tensors}])
+        told_before_anything_starts(bench, raw, kind, *words)
+
+
+def test_tokens_that_no_tokenizer_tells_are_told(bench: Bench, no_ray: None) -> None:
+    raw = bench.raw(policies=[{"match": "a.weight", "mismatch": "tokens"}])
+    told_before_anything_starts(
+        bench, raw, CheckpointError, str(bench.base), "has no tokenizer", "mismatch: base"
+    )
+
+
 # --- files ---
 
 
@@ -439,7 +465,8 @@ def test_a_difference_that_float32_cannot_hold_is_told(bench: Bench) -> None:
 
 def test_an_output_that_its_dtype_cannot_hold_is_told(bench: Bench) -> None:
     for number, place in enumerate((bench.base, *bench.sources)):
-        micro_model(place, seed=number, **{"a.bias": torch.full((24,), 7e4)})
+        start = bench.base if number else None
+        micro_model(place, seed=number, base=start, **{"a.bias": torch.full((24,), 7e4)})
     with pytest.raises(ContentError, match=r"a\.bias: overflows F16"):
         bench.run(out_dtype="float16")
     assert not bench.out.exists()

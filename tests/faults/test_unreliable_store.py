@@ -1,5 +1,6 @@
 """A store that fails, breaks off, is slow or lies: the same bytes, or a fault told by name."""
 
+import contextlib
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import s3fs
 from fsspec.core import url_to_fs
-from merging import Bench, tiny_bench
+from merging import Bench, micro_bench, tiny_bench, weights
 from proxy import Unreliable, proxied
 
 from svdmerge.errors import StoreError
@@ -28,10 +29,15 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture
 def uri(s3_uri: str, bench: Bench) -> str:
     """A bucket that holds the models."""
-    fs, root = url_to_fs(s3_uri)
+    return uploaded(bench, s3_uri)
+
+
+def uploaded(bench: Bench, uri: str) -> str:
+    """The bucket, which holds the models from now on."""
+    fs, root = url_to_fs(uri)
     for model in (bench.base, *bench.sources):
         fs.put(f"{model}/", f"{root}/{model.name}/", recursive=True)
-    return s3_uri
+    return uri
 
 
 @pytest.fixture
@@ -44,30 +50,63 @@ def store(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Generator[Unreliab
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def merged(bench: Bench, uri: str) -> dict[str, bytes]:
+def merged(bench: Bench, uri: str, **changes: Any) -> dict[str, bytes]:
     """The weights of the same merge, all of it in the bucket."""
-    raw: dict[str, Any] = bench.raw() | {
+    raw: dict[str, Any] = bench.raw(**changes) | {
         "base_model": f"{uri}/{bench.base.name}",
         "models": [f"{uri}/{source.name}" for source in bench.sources],
         "store": f"{uri}/store", "out": f"{uri}/out",
     }  # fmt: skip
     run(parse_recipe(raw), address="none")
-    out = Folder.at(f"{uri}/out")
-    return {n: out.read(n) for n in out.names() if n.endswith(".safetensors")}
+    return {"model.safetensors": Folder.at(f"{uri}/out").read("model.safetensors")}
 
 
 def local(bench: Bench) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in Path(bench.out).glob("*.safetensors")}
+    return weights(bench.out)
 
 
-def test_requests_that_fail_and_bodies_that_break_cost_time_alone(
-    bench: Bench, uri: str, store: Unreliable
+def test_requests_that_fail_break_off_and_wait_cost_time_alone(
+    tmp_path: Path, s3_uri: str, store: Unreliable
 ) -> None:
-    store.error_share, store.truncated_share, store.latency_s = 0.05, 0.02, 0.005
-    assert merged(bench, uri) == local(bench)
+    small = micro_bench(tmp_path, num_sources=2)  # every request waits: few of them
+    run(small.recipe(), address="none")
+    uploaded(small, s3_uri)
+    store.error_share, store.truncated_share, store.latency_s = 0.05, 0.02, 0.05
+    assert merged(small, s3_uri) == local(small)
     assert store.faults["error"] > 5
     assert store.faults["late error"] > 0
     assert store.faults["truncated"] > 0
+
+
+def test_listings_that_are_behind_are_told_and_the_same_command_goes_on(
+    tmp_path: Path, s3_uri: str, store: Unreliable
+) -> None:
+    small = micro_bench(tmp_path, num_sources=2)
+    uploaded(small, s3_uri)
+    store.stale_share = 1.0
+    for k in (5,):
+        parameters = {"parameters": {"k": k}}
+        run(small.recipe(**parameters), address="none")
+        assert at_last(small, s3_uri, **parameters) == local(small)
+    assert store.faults["stale"] > 0
+
+
+def at_last(bench: Bench, uri: str, **changes: Any) -> dict[str, bytes]:
+    """As `merged`, the same command given again where that is the advice."""
+    for _ in range(3):
+        with contextlib.suppress(StoreError):
+            return merged(bench, uri, **changes)
+    return merged(bench, uri, **changes)
+
+
+def test_a_store_that_does_not_enforce_put_once_is_told_of(
+    tmp_path: Path, s3_uri: str, store: Unreliable
+) -> None:
+    small = micro_bench(tmp_path, num_sources=2)
+    assert run(small.recipe(store=s3_uri), address="none").warnings == []
+    store.unconditional = True
+    (told,) = run(small.recipe(store=s3_uri), address="none").warnings
+    assert told.startswith(f"{s3_uri}: does not enforce put-once")
 
 
 def test_what_is_shorter_than_asked_for_is_asked_for_again(

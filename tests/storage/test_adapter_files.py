@@ -21,9 +21,11 @@ from transformers import (
 )
 
 from svdmerge.errors import CheckpointError
-from svdmerge.storage.adapter import CONFIG, WEIGHTS, Adapter, LowRank, adapter_file, open_adapter
+from svdmerge.storage.adapter import CONFIG, WEIGHTS, Adapter, adapter_file, open_adapter
+from svdmerge.storage.architecture import BaseNames
 from svdmerge.storage.checkpoint import open_checkpoint
 from svdmerge.storage.filesystem import Folder
+from svdmerge.storage.low_rank import LowRank
 
 peft = pytest.importorskip("peft")
 
@@ -57,7 +59,7 @@ def read(folder: Path) -> Adapter:
     place = Folder.at(folder / "adapter")
     found = adapter_file(place)
     assert found is not None
-    return open_adapter(*found, shapes=shapes)
+    return open_adapter(*found, base=BaseNames(shapes=shapes, config=base.config))
 
 
 def dense(delta: LowRank) -> Tensor:
@@ -137,7 +139,9 @@ def test_what_is_saved_whole_replaces_the_bases_and_a_head_it_lacks_is_told(tmp_
     assert "classifier.weight" in adapter.whole
     assert_same(adapter, tmp_path, wanted)
     headless = {n: t.shape for n, t in open_checkpoint(str(tmp_path / "headless")).tensors.items()}
-    found = open_adapter(Folder.at(tmp_path / "adapter"), WEIGHTS, shapes=headless)
+    found = open_adapter(
+        Folder.at(tmp_path / "adapter"), WEIGHTS, base=BaseNames(shapes=headless, config={})
+    )
     assert found.unplaced == ("classifier.bias", "classifier.weight")
     assert "encoder.layer.0.attention.self.query.weight" in found.low_rank
 
@@ -167,7 +171,9 @@ def test_other_trainers_spellings_name_the_same_layers(
     if "lora_te" in down:
         tensors["lora_te_model_layers_0_self_attn_q_proj.alpha"] = torch.tensor(3.0)
     save_file(tensors, tmp_path / "x.safetensors")
-    adapter = open_adapter(Folder.at(tmp_path), "x.safetensors", shapes=SHAPES)
+    adapter = open_adapter(
+        Folder.at(tmp_path), "x.safetensors", base=BaseNames(shapes=SHAPES, config={})
+    )
     expected = 3.0 if "lora_te" in down else 2.0  # alpha / rank * 2, or the plain product
     assert torch.equal(dense(adapter.low_rank[tensor]), torch.full((m, n), expected).double())
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry  # the public one is a view of it and not to be changed
 
 from svdmerge.errors import RetryableError, StoreError, SvdmergeError
 from svdmerge.storage.filesystem import Folder
@@ -195,6 +197,10 @@ class FolderContract:
         assert folder.read("a/once") == b"first"
         assert folder.stat("a/once") == before
         assert folder.find() == {"a/once": 5}
+
+    def test_put_once_is_enforced_and_trying_leaves_nothing(self, folder: Folder) -> None:
+        assert folder.enforces_put_once()
+        assert folder.find() == {}
 
     def test_put_once_after_removal_writes_again(self, folder: Folder) -> None:
         assert folder.put_once("once", b"first")
@@ -407,6 +413,38 @@ def test_the_root_of_a_filesystem_keeps_its_name() -> None:
 def test_a_protocol_that_is_not_known_is_named() -> None:
     with pytest.raises(StoreError, match="nosuch://bucket/store"):
         Folder.at("nosuch://bucket/store").exists()
+
+
+CLOUDS = {"gs": "gcs", "gcs": "gcs", "abfs": "azure", "az": "azure"}
+
+
+@pytest.mark.parametrize("protocol", CLOUDS)
+def test_a_cloud_whose_package_is_missing_is_told_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    for package in ("gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(_registry, protocol, raising=False)
+    folder = Folder.at(f"{protocol}://bucket/store")
+    with pytest.raises(StoreError) as caught:
+        folder.exists()
+    assert folder.uri in str(caught.value)
+    assert f"pip install 'svdmerge[{CLOUDS[protocol]}]'" in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", CLOUDS)
+def test_clouds_are_asked_not_to_remember_listings(
+    monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    class Cloud(MemoryFileSystem):
+        """Stands for the package's filesystem."""
+
+    monkeypatch.setattr(Cloud, "protocol", protocol)
+    monkeypatch.setitem(_registry, protocol, Cloud)
+    folder = Folder.at(f"{protocol}://bucket/store")
+    assert not folder.is_local
+    assert folder.is_shared
+    assert folder.fs.storage_options == {"use_listings_cache": False}
 
 
 # --- local faults ---

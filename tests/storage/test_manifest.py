@@ -63,6 +63,7 @@ def put(
                 m=M,
                 n=N,
                 fro=2.0,
+                base_fro=None,
                 bound=0.5,
                 noise=0.25,
                 first=first,

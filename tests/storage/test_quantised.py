@@ -113,7 +113,7 @@ def test_other_quantisations_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_base_in_fp8_and_a_source_in_bfloat16_merge_to_bfloat16(tmp_path: Path) -> None:
     weight, scale = weights((8, 6)), torch.rand(2, 2) + 0.5
-    tuned = by_blocks(weight, scale, 4, 3) + torch.outer(torch.arange(8.0), torch.ones(6))
+    tuned = by_blocks(weight, scale, 4, 3) + 0.05 * torch.outer(torch.arange(8.0), torch.ones(6))
     base = saved(tmp_path / "base", {"x.weight": weight, "x.weight_scale_inv": scale})
     (tmp_path / "tuned").mkdir()
     save_file({"x.weight": tuned.bfloat16()}, tmp_path / "tuned" / "model.safetensors")

@@ -22,6 +22,7 @@ sha256: string not null
 m: int64 not null
 n: int64 not null
 fro: double not null
+base_fro: double
 bound: double not null
 noise: double not null
 first: int32 not null
@@ -70,4 +71,4 @@ def test_a_schema_carries_its_name_and_version(name: str) -> None:
 
 
 def test_the_version_is_that_of_the_contract() -> None:
-    assert schema.VERSION == 2
+    assert schema.VERSION == 3

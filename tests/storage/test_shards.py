@@ -291,6 +291,7 @@ def spectrum(parameter: str, count: int, *, first: int = 0, seed: int = 0) -> Sp
         m=7,
         n=2**40,
         fro=float(np.linalg.norm(s.astype(np.float64))),
+        base_fro=None if seed else 5.5,
         bound=1e-300,
         noise=0.125,
         first=first,

@@ -49,7 +49,7 @@ def config(folder: Path, **changes: Any) -> TuneConfig:
 def recipe(folder: Path, **tune: Any) -> Recipe:
     return parse_recipe({
         "base_model": str(folder / "base"),
-        "models": [str(folder / f"source-{i}") for i in range(2)],
+        "models": [{"model": str(folder / f"source-{i}"), "admit": True} for i in range(2)],
         "parameters": {"k": 4},
         "store": str(folder / "store"),
         "out": str(folder / "merged"),

@@ -50,7 +50,7 @@ def recipe(folder: Path, parameters: Any = None, **tune: Any) -> Recipe:
     }  # fmt: skip
     return parse_recipe({
         "base_model": str(folder / "base"),
-        "models": [str(folder / f"source-{i}") for i in range(2)],
+        "models": [{"model": str(folder / f"source-{i}"), "admit": True} for i in range(2)],
         "parameters": parameters or {"k": 8},
         "store": str(folder / "store"),
         "out": str(folder / "merged"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm_like import TimmLikeConfig, TimmLikeResNet, settled
 from tiny_backbone import Scaled
 from torch import Tensor, nn
 from transformers import (
@@ -182,9 +183,31 @@ def test_ranks_are_each_matrixs_own_and_a_changed_value_costs_none(tmp_path: Pat
     found = adapted(tmp_path, BertModel(BERT))
     write_peft(Folder.at(tmp_path / "peft"), found, on_merged=False)
     config = json.loads((tmp_path / "peft" / CONFIG).read_text())
-    assert set(config["rank_pattern"].values()) == {3, 4}
+    assert {config["r"], *config["rank_pattern"].values()} == {3, 4}
     assert config["rank_pattern"] == config["alpha_pattern"]
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def test_a_layer_whose_name_ends_like_an_adapted_ones_stays_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = settled(TimmLikeResNet(TimmLikeConfig()))
+    model.save_pretrained(tmp_path / "base")
+    conv1 = svd.exact(torch.randn(8, 27, dtype=torch.float64)).slice(0, 2)
+    with torch.no_grad():
+        model.conv1.weight += conv1.dense().reshape(8, 3, 3, 3).float()
+    model.save_pretrained(tmp_path / "merged")
+    found = Adapted(
+        base=open_checkpoint(str(tmp_path / "base")),
+        merged=open_checkpoint(str(tmp_path / "merged")),
+        factors=put_factors(Folder.at(tmp_path / "factors"), {"conv1.weight": conv1}),
+        config=TuneConfig(train="-", test="-", model="timm_like:build"),
+        changes={},
+    )
+    write_peft(Folder.at(tmp_path / "peft"), found, on_merged=False)
+    adapter = loaded(TimmLikeResNet, tmp_path / "base", tmp_path / "peft").eval()
+    inputs = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(adapter(inputs)["logits"], model(inputs)["logits"], atol=1e-5)
 
 
 def test_a_changed_tensor_of_no_module_is_refused_by_name(tmp_path: Path) -> None:

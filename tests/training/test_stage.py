@@ -40,7 +40,7 @@ def test_a_run_is_tuned_as_its_recipe_says_beside_its_output(tmp_path: Path) -> 
     recipe = Recipe.model_validate(
         {
             "base_model": case.base.reference,
-            "models": [s.reference for s in case.sources],
+            "models": case.models,
             "out": str(tmp_path / "merged"),
             "tune": case.config().model_dump(),
         }
@@ -68,7 +68,7 @@ def test_the_merged_factors_of_any_method_are_tuned(tmp_path: Path, method: str)
         {
             "merge_method": method,
             "base_model": case.base.reference,
-            "models": [s.reference for s in case.sources],
+            "models": case.models,
             "store": str(tmp_path / "store"),
             "out": str(tmp_path / "out"),
             "tune": case.config(epochs=1).model_dump(),

@@ -44,7 +44,7 @@ def raw(case: Case, names: list[Any], **tune: Any) -> dict[str, Any]:
     places = {p: str(case.root / f"{{name}}-{p}.parquet") for p in ("train", "test")}
     return {
         "base_model": case.base.reference,
-        "models": [s.reference for s in case.sources],
+        "models": case.models,
         "parameters": {"k": 3},
         "store": str(case.root / "store"),
         "out": str(case.root / "merged"),

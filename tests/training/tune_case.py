@@ -95,6 +95,11 @@ class Case:
         return TuneConfig(**(fields | changes))
 
     @property
+    def models(self) -> list[dict[str, Any]]:
+        """The sources as a recipe lists them: moved farther than a fine-tune moves."""
+        return [{"model": s.reference, "admit": True} for s in self.sources]
+
+    @property
     def parameters(self) -> dict[str, int]:
         return {p: self.factors.depth(p) for p in MATRICES}
 

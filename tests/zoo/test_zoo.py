@@ -104,7 +104,7 @@ def test_embeddings_and_position_ids_are_bit_equal_to_the_base(bench: Bench) -> 
 
 
 def test_the_output_proves_its_claims(bench: Bench) -> None:
-    assert [c.claim for c in verify(str(bench.out)) if not c.held] == []
+    assert [c.claim for c in verify(str(bench.out)) if c.held is False] == []
 
 
 def test_one_source_at_full_budget_comes_back(bench: Bench, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """One matrix merged by any method: sources' parts in, the merged difference as components out."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -39,6 +39,15 @@ class Merging:
     scale: float
     density: float
 
+    def rule(self, parameter: Parameter) -> str:
+        """The method that a tensor is merged by."""
+        return "average" if parameter.action is Action.AVERAGE else self.method
+
+    def of(self, parameter: Parameter) -> "Merging":
+        """These settings as far as they matter for a tensor, so that equal ones give equal bits."""
+        rule = self.rule(parameter)
+        return replace(self, method=rule, num_sources=self.num_sources if rule in COUNTING else 0)
+
     def merge(self, parameter: Parameter, parts: Sequence[Part]) -> RankOneComponents:
         """The merged difference: an SVD of a matrix, one flat component of anything else.
 
@@ -49,12 +58,15 @@ class Merging:
                 return none(parameter.m, parameter.n)
             read, weights = [p.read() for p in parts], [p.weight for p in parts]
             return FROM_COMPONENTS[self.method](self, read, weights)
-        rule = "average" if parameter.action is Action.AVERAGE else self.method
-        merged = FROM_DIFFERENCES[rule](self, parameter, parts)
+        merged = FROM_DIFFERENCES[self.rule(parameter)](self, parameter, parts)
         if parameter.action is not Action.WHOLE:
             return flat(merged)
         matrix = merged.reshape(parameter.m, parameter.n)
         return iso_c(matrix) if self.method == "iso_c" else svd.factors(matrix)
+
+
+# Rules whose outcome depends on the number of all sources, not only on what is taken of some.
+COUNTING = ("average", "svc")
 
 
 def _each(parts: Sequence[Part]) -> Iterator[tuple[Tensor, float]]:
