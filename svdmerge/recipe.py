@@ -123,7 +123,9 @@ class HubQuery(Section):
     base: str | None = None
     """The base's id there; the recipe's own by default."""
     relation: Literal["finetune", "adapter"] = "finetune"
+    """How their cards say that they come from it."""
     author: str | None = None
+    """Whose; anybody's by default."""
     tags: tuple[str, ...] = ()
     """Of each, all of these."""
 
