@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from svdmerge import workflow
 from svdmerge.core.components import RankOneComponents
 from svdmerge.engine.estimate import Estimate, estimate
 from svdmerge.engine.plan import make_plan
-from svdmerge.engine.runtime import open_runtime
 from svdmerge.engine.select import SELECTION
 from svdmerge.engine.winners import all_values, unlisted_bound
 from svdmerge.errors import StoreError
@@ -26,7 +26,6 @@ from svdmerge.storage.maintenance import StoredSource, list_sources
 from svdmerge.storage.manifest import Committed
 from svdmerge.storage.shards import decode_table
 from svdmerge.tables import plan_tables, run_tables
-from svdmerge.workflow import Run, prepare, run_stage
 
 # One row per stored singular value.
 SPECTRA = pa.schema(
@@ -109,10 +108,7 @@ def run(recipe: Recipe | str | Path, *, address: str = "local", progress: Progre
     Raises:
         SvdmergeError: whatever is wrong with the recipe, the models, the store or the output.
     """
-    loaded = _recipe(recipe)
-    prepare(loaded, address=address)  # its faults are told before Ray starts
-    with open_runtime(address) as runtime:
-        return Ran(reported(Run(loaded, runtime=runtime, progress=progress)))
+    return Ran(reported(workflow.run(_recipe(recipe), address=address, progress=progress)))
 
 
 def tune(
@@ -123,7 +119,7 @@ def tune(
     Raises:
         SvdmergeError: as `run`, or the merge was not run.
     """
-    return Ran(run_stage(_recipe(recipe), "tune", address=address, progress=progress))
+    return Ran(workflow.run_stage(_recipe(recipe), "tune", address=address, progress=progress))
 
 
 def _recipe(recipe: Recipe | str | Path) -> Recipe:

@@ -130,7 +130,7 @@ def run(
     def all_of(run: "Run") -> "RunReport":
         from svdmerge.reporting import reported
 
-        return reported(run)
+        return reported(run.all())
 
     _staged(recipe, all_of, address, as_json, verbose, max_shard_size)
 

@@ -31,6 +31,7 @@ from svdmerge.engine.runtime import open_runtime
 from svdmerge.progress import SILENT, Progress
 from svdmerge.recipe import load_recipe
 from svdmerge.report.run_report import RunReport
+from svdmerge.reporting import PAGE, reported
 from svdmerge.storage.filesystem import Folder
 from svdmerge.training.head import fitted_head
 from svdmerge.workflow import run
@@ -149,6 +150,7 @@ def run_demo(
     paths = {
         "recipe": str(recipe), "base": base, "sources": str(folder / "sources"),
         "merged": report.out, "tuned": str(folder / "tuned"), "store": report.store,
+        "report": f"{report.out}/{PAGE}",
     }  # fmt: skip
     return DemoResult(
         rows=rows, sources=by_source, seconds=dict(seconds), paths=paths, report=report
@@ -242,7 +244,7 @@ def write_recipe(
 
 def _run(recipe: Path, *, address: str, progress: Progress) -> RunReport:
     """What `svdmerge run` does, in the Ray that is already there."""
-    return run(load_recipe(recipe), address=address, progress=progress)
+    return reported(run(load_recipe(recipe), address=address, progress=progress))
 
 
 def _measure(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import PROVENANCE, RECIPE, load_factors, put_file
 from svdmerge.storage.layout import MANIFEST
 from svdmerge.storage.output import Manifest, read_manifest
-from svdmerge.workflow import Run, summary_of
+from svdmerge.workflow import summary_of
 
 if TYPE_CHECKING:
     from svdmerge.report.run_report import RunReport
@@ -35,7 +36,14 @@ T = TypeVar("T")
 PAGE = "report.html"
 CARD = "README.md"
 # Of the card: those that change only if the merge does, for its manifest holds no time.
-PICTURES, PICTURED = "figures", ("contributions", "spectra-0", "retained", "overlap", "inflation")
+PICTURES = "figures"
+PICTURED = {
+    "contributions": "Who contributed what",
+    "spectra-0": "Spectra and where they were cut",
+    "retained": "What is kept, and bounds on the rest",
+    "overlap": "How alike the sources are",
+    "inflation": "Where merging inflated singular values",
+}
 # Budgets of the what-if: shares of the rank, or powers of two up to the largest rank.
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 # Matrices of which vectors are read, spread over the model, and sources that are compared in pairs:
@@ -64,24 +72,22 @@ def _illustrate(out: Folder, contents: Contents) -> None:
     assert manifest is not None
     drawn = figures(contents)
     pictures = {
-        f"{PICTURES}/{name}.png": (told[name.partition("-")[0]], as_png(drawn[name]))
-        for name in PICTURED
+        f"{PICTURES}/{name}.png": (title, told[name.partition("-")[0]])
+        for name, title in PICTURED.items()
         if name in drawn
     }
-    shown = {path: text for path, (text, _) in pictures.items()}
-    card = illustrated(out.read(CARD).decode(), pictures=shown).encode()
-    written = [put_file(out, path, data) for path, (_, data) in pictures.items()]
+    card = illustrated(out.read(CARD).decode(), pictures=pictures).encode()
+    written = [put_file(out, path, as_png(drawn[Path(path).stem])) for path in pictures]
     written.append(put_file(out, CARD, card))
     files = manifest.files | {f.file: {"size": f.size, "sha256": f.sha256} for f in written}
     out.put(MANIFEST, replace(manifest, files=dict(sorted(files.items()))).to_json())
 
 
-def reported(run: Run) -> "RunReport":
-    """All of a run, and its page, which is left as it is where nothing was done."""
-    report = run.all()
-    if report.stages or run.out.stat(PAGE) is None:
+def reported(report: "RunReport") -> "RunReport":
+    """The report of a run, whose page is written; left as it is where nothing was done."""
+    if report.stages or Folder.at(report.out).stat(PAGE) is None:
         try:
-            write_report(run.out.uri)
+            write_report(report.out)
         except SvdmergeError as error:  # the merge is there, and whole
             report.warnings.append(f"{PAGE} was not written: {error.args[0]}")
     return report

@@ -15,6 +15,7 @@ from svdmerge.engine.inventory import Sidecar
 from svdmerge.engine.winners import (
     Contender,
     Listed,
+    SpectraBySource,
     Winners,
     listed_spectra,
     select_all,
@@ -114,6 +115,11 @@ def matrices(unit: SelectUnit) -> Iterator[tuple[Budget, list[Listed]]]:
 
     Raises: StoreError, if a sidecar is damaged.
     """
+    return listed_in(unit, read_spectra(unit))
+
+
+def read_spectra(unit: SelectUnit) -> SpectraBySource:
+    """The stored values of a unit's matrices, by source; its budgets have no part in them."""
     wanted = {b.parameter.source_id for b in unit.budgets}
     spectra: dict[str, dict[str, list[Spectrum]]] = {
         source.revision: defaultdict(list) for source in unit.sources
@@ -125,6 +131,11 @@ def matrices(unit: SelectUnit) -> Iterator[tuple[Budget, list[Listed]]]:
     for by_matrix in spectra.values():
         for parts in by_matrix.values():
             parts.sort(key=lambda x: x.first)
+    return spectra
+
+
+def listed_in(unit: SelectUnit, spectra: SpectraBySource) -> Iterator[tuple[Budget, list[Listed]]]:
+    """Each matrix with its values among those that were read."""
     for b in unit.budgets:
         listed = listed_spectra(b.parameter, slots=b.slots, sources=unit.sources, spectra=spectra)
         yield b, listed

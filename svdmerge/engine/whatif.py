@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from svdmerge.core.params import Action, Parameter
 from svdmerge.engine.inventory import Inventory, take_inventory
 from svdmerge.engine.plan import Plan, Source, in_blocks, stored_bytes
 from svdmerge.engine.runtime import InProcess
-from svdmerge.engine.select import Cut, find_cut, select_units
-from svdmerge.engine.select_tasks import Budget, matrices
+from svdmerge.engine.select import find_cut, select_units
+from svdmerge.engine.select_tasks import Budget, listed_in, read_spectra
 from svdmerge.engine.winners import (
     Listed,
     all_values,
@@ -128,7 +128,7 @@ def whatif(plan: Plan, *, budgets: Sequence[int | float]) -> list[Outcome]:
                 "What-if answers from stored spectra.",
                 "Run `svdmerge decompose` first.",
             )
-    return [_outcome(_with_parameters(plan, {"k": k}), inventory) for k in budgets]
+    return _outcomes([_with_parameters(plan, {"k": k}) for k in budgets], inventory)
 
 
 def _with_parameters(plan: Plan, changes: dict[str, Any]) -> Plan:
@@ -154,11 +154,25 @@ def _short(source: Source) -> str:
     return source.reference.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _outcome(plan: Plan, inventory: Inventory) -> Outcome:
-    cut = find_cut(plan, inventory, runtime=InProcess(), progress=SILENT)
+def _outcomes(plans: Sequence[Plan], inventory: Inventory) -> list[Outcome]:
+    """Of one plan with several budgets: values are read once for all of them."""
+    cuts = [find_cut(p, inventory, runtime=InProcess(), progress=SILENT) for p in plans]
+    found: list[list[OfMatrix]] = [[] for _ in plans]
+    split = [select_units(p, inventory, cut) for p, cut in zip(plans, cuts, strict=True)]
+    for units in zip(*split, strict=True):
+        spectra = read_spectra(units[0])
+        for plan, cut, unit, parts in zip(plans, cuts, units, found, strict=True):
+            parts += [
+                of_matrix(plan, b, listed, floor=cut.floor)
+                for b, listed in listed_in(unit, spectra)
+                if b.parameter.action is Action.DECOMPOSE
+            ]
+    return [_outcome(plan, parts) for plan, parts in zip(plans, found, strict=True)]
+
+
+def _outcome(plan: Plan, found: Sequence[OfMatrix]) -> Outcome:
     names = {s.revision: s.reference for s in plan.sources}
     kept: Counter[str] = Counter(dict.fromkeys(names.values(), 0))
-    found = list(_of_matrices(plan, inventory, cut))
     for part in found:
         kept.update({names[revision]: n for revision, n in part.kept.items()})
     total = sum(x.total for x in found)
@@ -172,13 +186,6 @@ def _outcome(plan: Plan, inventory: Inventory) -> Outcome:
         store_bytes=sum(x.store_bytes for x in found),
         num_open=sum(x.num_open for x in found),
     )
-
-
-def _of_matrices(plan: Plan, inventory: Inventory, cut: Cut) -> Iterator[OfMatrix]:
-    for unit in select_units(plan, inventory, cut):
-        for b, listed in matrices(unit):
-            if b.parameter.action is Action.DECOMPOSE:
-                yield of_matrix(plan, b, listed, floor=cut.floor)
 
 
 def of_matrix(plan: Plan, b: Budget, listed: Sequence[Listed], *, floor: float) -> OfMatrix:

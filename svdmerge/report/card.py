@@ -65,12 +65,12 @@ Each kept component's source is in `provenance/components.parquet`.
 """
 
 
-def illustrated(card: str, *, pictures: Mapping[str, str]) -> str:
-    """The card with pictures (what they show, by path) before its recipe; those it had go."""
+def illustrated(card: str, *, pictures: Mapping[str, tuple[str, str]]) -> str:
+    """The card with pictures (title and text, by path) before its recipe; those it had go."""
     head, line, recipe = card.partition(_RECIPE)
     head = head.partition(_FIGURES)[0]
     shown = "\n\n".join(
-        f"![{escape(told)}]({path})\n\n{escape(told)}" for path, told in pictures.items()
+        f"![{escape(title)}]({path})\n\n{escape(told)}" for path, (title, told) in pictures.items()
     )
     return f"{head}{_FIGURES}{shown}\n{line}{recipe}" if pictures else f"{head}{line}{recipe}"
 
