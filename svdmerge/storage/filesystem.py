@@ -325,7 +325,7 @@ def _holds_secret(uri: str) -> bool:
     kinds, _, rest = uri.partition("://")
     address = rest.split("/")[0]
     on_web = kinds.split(":")[-1] in ("http", "https")
-    return "@" in address and (on_web or ":" in address) or (on_web and "?" in rest)
+    return ("@" in address and (on_web or ":" in address)) or (on_web and "?" in rest)
 
 
 def _protocol(uri: str) -> str:
