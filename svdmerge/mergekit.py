@@ -4,6 +4,7 @@ Reference: mergekit's configuration as its documentation describes it (merge met
 parameters; https://github.com/arcee-ai/mergekit).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,11 @@ _OF_METHOD = {
     "ties": {"weight", "normalize", "lambda", "density"},
     "dare_linear": {"weight", "normalize", "lambda", "density", "rescale"},
 }
+_OF_SOURCE = {"weight", "density"}
+_NUMBERS = {"weight", "density", "lambda"}
 # Settings of how mergekit computes, which change no result of ours.
 _SILENT = {"int8_mask", "name", "parameters", "models", "merge_method", "base_model", "out_dtype"}
-_DTYPES = {"float32", "float16", "bfloat16"}
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +48,8 @@ class Imported:
 
     def to_yaml(self) -> str:
         """The recipe, with what it does not say as comments."""
-        notes = "".join(f"# not expressed: {line}\n" for line in self.unexpressed)
+        # A key of theirs may hold line ends.
+        notes = "".join(f"# not expressed: {' '.join(x.split())}\n" for x in self.unexpressed)
         return notes + yaml.safe_dump(dict(self.recipe), sort_keys=False)
 
 
@@ -64,12 +68,12 @@ def import_mergekit(path: str | Path, *, base: str | None = None) -> Imported:
             "Give --base.",
         )
     models = _models(str(path), given, base=base)
-    shared = _parameters(given.get("parameters"))
+    shared = _parameters(str(path), "parameters", given.get("parameters"))
     notes = list(_unexpressed(given, method, models, shared))
     recipe: dict[str, Any] = {"merge_method": METHODS[method], "base_model": base}
     recipe["models"] = [
         {"model": name, "weight": w} if w != 1.0 else name
-        for name, w in _weights(method, models, shared, base=base).items()
+        for name, w in _weights(str(path), method, models, shared, base=base).items()
     ]
     parameters: dict[str, Any] = {}
     if "density" in _OF_METHOD[method]:
@@ -116,25 +120,35 @@ def _models(place: str, given: Mapping[str, Any], *, base: str) -> dict[str, dic
         name = entry.get("model")
         if not isinstance(name, str):
             raise RecipeError(f"{place}: models: {item!r} names no model")
-        found[name] = _parameters(entry.get("parameters"))
-    for name, parameters in found.items():
-        for key, value in parameters.items():
-            if isinstance(value, list | dict):
-                raise RecipeError(
-                    f"{place}: {name}: {key} differs by layer",
-                    "A source has one weight and one density in svdmerge.",
-                    "Give a number.",
-                )
+        if name in found:
+            raise RecipeError(
+                f"{place}: models: lists {name} twice",
+                "A source has one weight in svdmerge.",
+                "List it once; in a sum, with both weights together.",
+            )
+        found[name] = _parameters(place, name, entry.get("parameters"))
     if not set(found) - {base}:
         raise RecipeError(f"{place}: models: lists no source besides the base")
     return found
 
 
-def _parameters(value: object) -> dict[str, Any]:
-    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+def _parameters(place: str, name: str, value: object) -> dict[str, Any]:
+    """Parameters of a source, or of all. Raises: RecipeError, where a number is none."""
+    found = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+    for key, given in found.items():
+        if isinstance(given, list | dict):
+            raise RecipeError(
+                f"{place}: {name}: {key} differs by layer",
+                "A source has one weight and one density in svdmerge.",
+                "Give a number.",
+            )
+        if key in _NUMBERS and (isinstance(given, bool) or not isinstance(given, int | float)):
+            raise RecipeError(f"{place}: {name}: {key} is {given!r}", "", "Give a number.")
+    return found
 
 
 def _weights(
+    place: str,
     method: str,
     models: Mapping[str, Mapping[str, Any]],
     shared: Mapping[str, Any],
@@ -143,14 +157,28 @@ def _weights(
 ) -> dict[str, float]:
     """Ours, source by source.
 
-    A linear merge divides by the sum of weights, ours by the number of sources: the base, of no
-    difference, still counts in that sum.
+    A linear merge and TIES divide by the sum of weights, ours by the number of sources: of TIES,
+    those that agree. The base, of no difference, still counts in a linear merge's sum.
+
+    Raises:
+        RecipeError: a linear merge of weights that do not add up to one, or add up to nothing.
     """
     given = {n: float(p.get("weight", shared.get("weight", 1.0))) for n, p in models.items()}
     sources = {n: w for n, w in given.items() if n != base}
-    if method != "linear":
+    normalize = shared.get("normalize", True)
+    if method not in ("linear", "ties") or (method == "ties" and not normalize):
         return sources
-    total = sum(given.values()) if shared.get("normalize", True) else 1.0
+    total = sum(given.values() if method == "linear" else sources.values())
+    if not normalize and not math.isclose(total, 1.0):
+        raise RecipeError(
+            f"{place}: weights add up to {total:g}, and normalize is off",
+            "That scales the base too; svdmerge adds differences to it as it is.",
+            "Leave `normalize` out, or let weights add up to 1.",
+        )
+    if not total:
+        raise RecipeError(
+            f"{place}: weights add up to 0", f"{method} divides by their sum.", "Correct them."
+        )
     return {n: w * len(sources) / total for n, w in sources.items()}
 
 
@@ -173,13 +201,15 @@ def _unexpressed(
     models: Mapping[str, Mapping[str, Any]],
     shared: Mapping[str, Any],
 ) -> Iterator[str]:
-    known = _OF_METHOD[method] | _SILENT
+    known = _OF_METHOD[method]
     for name, parameters in [("parameters", shared), *models.items()]:
         for key in parameters:
-            if key not in known:
+            if key not in (known if parameters is shared else known & _OF_SOURCE) | _SILENT:
                 yield f"{name}: {key}"
     if method in ("task_arithmetic", "dare_linear") and shared.get("normalize"):
         yield "parameters: normalize: sums are not divided by the weights' sum"
+    if method == "dare_linear" and not shared.get("rescale", True):
+        yield "parameters: rescale: entries that are kept are rescaled"
     weights = {float(p.get("weight", shared.get("weight", 1.0))) for p in models.values()}
     if method == "ties" and (len(weights) > 1 or not shared.get("normalize", True)):
         yield "weights of ties: means are over the sources that agree, each counting one"
@@ -188,6 +218,9 @@ def _unexpressed(
         yield "tokenizer_source: the base's tokenizer and embeddings are kept"
     if given.get("dtype") is not None:
         yield "dtype: computed in float32 or better, whatever it says; taken as out_dtype"
+    dtype = given.get("out_dtype") or given.get("dtype")
+    if dtype is not None and dtype not in _DTYPES:
+        yield f"out_dtype: {dtype} is none of {', '.join(_DTYPES)}; the base's is kept"
     for key in given:
         if key not in _SILENT | {"dtype", "tokenizer_source", "tokenizer"}:
             yield key

@@ -38,6 +38,7 @@ def push(
         StoreError: the hub refuses.
         RetryableError: the hub does not answer.
     """
+    _check_name(repo)
     folder = Folder.at(out)
     manifest = read_manifest(folder)
     if manifest is None or not folder.is_local:
@@ -58,11 +59,23 @@ def push(
     return Pushed(repo=repo, files=names, nbytes=nbytes, url=url)
 
 
+def _check_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise StoreError(
+            f"{repo}: is no name of a repository", str(error), "Use org/name."
+        ) from None
+
+
 def _upload(
     folder: Folder, repo: str, names: tuple[str, ...], *, private: bool, revision: str
 ) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     api: Any = HfApi()
     try:
@@ -74,10 +87,6 @@ def _upload(
             allow_patterns=list(names),
             commit_message="Upload a merge by svdmerge",
         )
-    except HFValidationError as error:
-        raise StoreError(
-            f"{repo}: is no name of a repository", str(error), "Use org/name."
-        ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         told = str(error).strip().splitlines()[0]

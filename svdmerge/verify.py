@@ -10,6 +10,7 @@ from svdmerge.core.params import Action
 from svdmerge.engine.plan import Plan, make_plan
 from svdmerge.errors import OutputError, SvdmergeError
 from svdmerge.reload import run_transformers
+from svdmerge.report.figures import labels
 from svdmerge.storage.checkpoint import FLOATING, TILE, Checkpoint, TensorRef, open_checkpoint
 from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import (
@@ -101,7 +102,7 @@ def _distances(plan: Plan, out: Folder) -> str:
                 ]
                 squares = [q + float((d**2).sum()) for q, d in zip(squares, found, strict=True)]
     size, *rest = (q**0.5 for q in squares)
-    names = ["base", *(s.reference.rstrip("/").rsplit("/", 1)[-1] for s in plan.sources)]
+    names = ["base", *labels([s.reference for s in plan.sources])]
     norm = max(size, torch.finfo(torch.float32).tiny)
     return ", ".join(f"{name} {d / norm:.2e}" for name, d in zip(names, rest, strict=True))
 
@@ -128,7 +129,12 @@ def _source_rows(
     found = start if own is None or own.shape != base.shape else _rows_of(own, rows)
     if base.name not in source.low_rank:
         return found
-    up, down, _ = source.low_rank[base.name].read()
+    low_rank = source.low_rank[base.name]
+    if low_rank.stack is not None and low_rank.stack.expert is None:  # its rows are matrices
+        width = base.numel // base.shape[0]
+        values, _ = low_rank.read_dense(start=rows.start * width, count=len(rows) * width)
+        return found + values
+    up, down, _ = low_rank.read()
     if len(up) == 1:  # a vector
         return found + (up @ down).reshape(-1)[rows.start : rows.stop]
     return found + (up[rows.start : rows.stop] @ down).reshape(-1)

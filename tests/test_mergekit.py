@@ -39,10 +39,7 @@ def test_ties_is_taken_over(tmp_path: Path) -> None:
     assert found.recipe == {
         "merge_method": "ties",
         "base_model": "org/base",
-        "models": [
-            {"model": "org/math", "weight": 0.5},
-            {"model": "org/code+org/lora", "weight": 0.5},
-        ],
+        "models": ["org/math", "org/code+org/lora"],  # divided by the sum of equal weights
         "parameters": {"density": 0.3, "scale": 1.5},
         "out_dtype": "bfloat16",
     }
@@ -51,7 +48,7 @@ def test_ties_is_taken_over(tmp_path: Path) -> None:
 
 def test_the_base_among_the_models_is_no_source(tmp_path: Path) -> None:
     found = import_mergekit(written(tmp_path, TIES))
-    assert [m["model"] for m in found.recipe["models"]] == ["org/math", "org/code+org/lora"]
+    assert found.recipe["models"] == ["org/math", "org/code+org/lora"]
 
 
 def test_a_linear_merge_has_the_weights_that_give_its_result(tmp_path: Path) -> None:
@@ -61,8 +58,50 @@ def test_a_linear_merge_has_the_weights_that_give_its_result(tmp_path: Path) -> 
         {"model": "a", "weight": 1.5},
         {"model": "b", "weight": 0.5},
     ]
-    plain = import_mergekit(written(tmp_path, linear(parameters={"normalize": False})), base="x")
-    assert [m["weight"] for m in plain.recipe["models"]] == [6.0, 2.0]
+
+
+def test_a_linear_merge_that_scales_the_base_is_refused(tmp_path: Path) -> None:
+    # 3 A + B = 4 base + 3 (A - base) + (B - base).
+    with pytest.raises(RecipeError, match="add up to 4"):
+        import_mergekit(written(tmp_path, linear(parameters={"normalize": False})), base="x")
+
+
+def test_weights_of_ties_count_as_shares_and_those_of_a_sum_as_they_are(tmp_path: Path) -> None:
+    text = linear(merge_method="ties", base_model="x")
+    assert [m["weight"] for m in import_mergekit(written(tmp_path, text)).recipe["models"]] == [
+        1.5,
+        0.5,
+    ]
+    text = linear(merge_method="ties", base_model="x", parameters={"normalize": False})
+    assert import_mergekit(written(tmp_path, text)).recipe["models"][0]["weight"] == 3.0
+    text = linear(merge_method="task_arithmetic", base_model="x")
+    assert import_mergekit(written(tmp_path, text)).recipe["models"][0]["weight"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parameters": {"weight": "abc"}}, "weight is 'abc'"),
+        ({"parameters": {"weight": [1, 2]}}, "weight differs by layer"),
+        ({"parameters": {"lambda": {"a": 1}}}, "lambda differs by layer"),
+        ({"models": ["a", "a"]}, "lists a twice"),
+        ({"merge_method": "linear", "parameters": {"weight": 0}}, "add up to 0"),
+    ],
+)
+def test_a_wrong_value_is_told(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    text = {"merge_method": "ties", "base_model": "x", "models": ["a", "b"]} | fields
+    with pytest.raises(RecipeError, match=message):
+        import_mergekit(written(tmp_path, yaml.safe_dump(text)))
+
+
+def test_what_is_not_taken_over_is_said(tmp_path: Path) -> None:
+    models = [{"model": "a", "parameters": {"lambda": 2.0}}, "b"]
+    given = {"merge_method": "dare_linear", "base_model": "x", "models": models}
+    given |= {"parameters": {"density": 0.5, "rescale": False}, "dtype": "float64"}
+    found = import_mergekit(written(tmp_path, yaml.safe_dump(given | {"x\nout: y": 1})))
+    told = [line.split(":")[0] for line in found.unexpressed]
+    assert {"a", "parameters", "out_dtype", "x\nout"} <= {*told}
+    assert "out" not in yaml.safe_load(found.to_yaml())
 
 
 def test_the_base_counts_in_a_linear_merge(tmp_path: Path) -> None:

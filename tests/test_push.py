@@ -94,6 +94,8 @@ def test_what_is_damaged_is_not_pushed(hub: Hub, bench: Bench, tmp_path: Path) -
 def test_what_is_no_repository_is_told(hub: Hub, bench: Bench) -> None:
     with pytest.raises(StoreError, match="is no name of a repository"):
         push(str(bench.out), "a/b/c")
+    with pytest.raises(StoreError, match="is no name of a repository"):
+        push(str(bench.out), "no name", dry_run=True)
 
 
 # --- reading ---

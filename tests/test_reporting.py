@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from merging import Bench, factor_deltas, micro_bench, numbers, tiny_bench
+from tiny import write_model
 from typer.testing import CliRunner
 
 from svdmerge.cli import app
@@ -145,3 +147,12 @@ def test_places_span_a_spectrum(count: int) -> None:
     assert len(found) <= 24
     assert found <= set(range(1, count + 1))
     assert {1, count} <= found or count == 0
+
+
+def test_matrices_that_no_source_changed_have_pictures_too(tmp_path: Path) -> None:
+    bench = micro_bench(tmp_path)
+    start = numbers(bench.base)
+    write_model(bench.sources[0], {n: torch.from_numpy(a) for n, a in start.items()}, None)
+    bench.run(models=[str(bench.sources[0])])
+    write_report(str(bench.out))
+    assert (bench.out / PAGE).stat().st_size > 0

@@ -39,6 +39,7 @@ from svdmerge.storage.checkpoint import open_checkpoint
 from svdmerge.training.backbone import build_backbone, load_weights
 from svdmerge.training.export import export_adapter
 from svdmerge.training.peft_export import WEIGHTS
+from svdmerge.verify import verify
 
 peft = pytest.importorskip("peft")
 
@@ -244,6 +245,13 @@ def test_experts_can_be_averaged(name: str, tmp_path: Path) -> None:
     experts = [n for n in base if "experts" in n and abs(source[n] - base[n]).max() > 0.1]
     assert experts
     assert max(abs(merged[n] - source[n]).max() for n in experts) <= 1e-5
+
+
+def test_every_claim_of_the_output_holds(trip: Trip) -> None:
+    checks = verify(str(trip.bench.out))
+    assert [c.claim for c in checks if c.held is False] == []
+    distances = checks[-1].detail
+    assert distances.startswith("base "), distances
 
 
 def test_tuning_starts_from_the_same_logits(trip: Trip) -> None:

@@ -68,6 +68,7 @@ def _found(model: SourceModel, recipe: Recipe) -> Iterator[str]:
         raise RecipeError(
             f"models: {model.model}: the hub takes no patterns", "", "Use `hub: {author: ...}`."
         )
+    Folder.at(model.model)  # refused whole: the query of an address looks like a pattern
     parts = model.model.split("/")
     first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
     root = Folder.at("/".join(parts[:first]) or ("/" if first else "."))

@@ -145,10 +145,11 @@ def _spectra(kind: str, matrices: Sequence[MergedMatrix]) -> Any:
         axes.plot(places[kept], values[kept], color=colour, linewidth=1.4)
         if matrix.cut:
             axes.plot(*matrix.cut, "o", color=colour, markersize=4)
-    axes.set(xscale="log", yscale="log", xlabel="place among all sources' components")
+    axes.set(xscale="log", xlabel="place among all sources' components")
     axes.set(ylabel="salience", title=short(kind, 52))
-    ends = [s for x in matrices for _, s in x.spectrum]
-    if ends:
+    ends = [s for x in matrices for _, s in x.spectrum if s > 0]
+    if ends:  # where no source changed a matrix of this kind, no axis can be logarithmic
+        axes.set_yscale("log")
         least = max(min(ends), LEAST * max(ends))
         axes.set_ylim(least / 1.5, max(ends) * 1.5)
         if max(ends) < 100 * least:  # powers of ten alone would be one or two

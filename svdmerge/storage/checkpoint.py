@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's own limit on headers.
 MAX_HEADER_BYTES = 100_000_000
+# Configurations have kilobytes; an adapter's with a rank for every layer, a megabyte.
+MAX_CONFIG_BYTES = 16 << 20
 # Of a file's name, on common filesystems.
 MAX_NAME = 255
 ITEM_BYTES = {
@@ -327,7 +329,7 @@ def _config(folder: Folder) -> Mapping[str, Any]:
     if folder.stat("config.json") is None:
         return {}
     try:
-        config = json.loads(folder.read("config.json"))
+        config = json.loads(folder.read("config.json", start=0, stop=MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder.uri}/config.json: not valid JSON", str(error)) from None
     if not isinstance(config, dict):

@@ -62,12 +62,11 @@ class Folder:
                 OSError,
             ) as error:  # no such user, NUL, a loop of links
                 raise StoreError(f"{text!r}: is no path", str(error), "Correct it.") from None
-        elif "@" in (address := text.split("://")[1].split("/")[0]) and ":" in address:
-            # It would end up in cards, manifests and reports.
+        elif _holds_secret(text):
             raise StoreError(
-                f"{text.split('://')[0]}://...: the URI holds a password",
+                f"{text.split('://')[0]}://...: the URI holds a password, or may hold a token",
                 "Places are written to cards, manifests and reports.",
-                "Give credentials by the environment.",
+                "Give credentials by the environment; leave out what is before `@` or after `?`.",
             )
         # The root of a filesystem, such as memory://, keeps its slashes.
         return Folder(text if text.endswith("://") or not text.strip("/") else text.rstrip("/"))
@@ -318,6 +317,15 @@ class Folder:
             raise RetryableError(
                 f"{self.uri}: cannot be opened", _named(error), "Check the address and the network."
             ) from error
+
+
+def _holds_secret(uri: str) -> bool:
+    """Whether it names a password; on the web also a user, which may be a token, or a query, which
+    signs addresses."""
+    kinds, _, rest = uri.partition("://")
+    address = rest.split("/")[0]
+    on_web = kinds.split(":")[-1] in ("http", "https")
+    return ("@" in address and (on_web or ":" in address)) or (on_web and "?" in rest)
 
 
 def _protocol(uri: str) -> str:

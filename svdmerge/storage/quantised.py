@@ -54,7 +54,7 @@ def scaled(
         if found is not None:
             scales[name] = found
     gone = set(scales.values())
-    block = settings.get("weight_block_size") or (_BLOCK, _BLOCK)
+    block = _block(settings, place)
     kept = {n: r for n, r in tensors.items() if n not in gone and not n.endswith(_IGNORED)}
     for name, scale in scales.items():
         kept[name] = replace(kept[name], scale=_fitted(kept[name], tensors[scale], block, place))
@@ -76,13 +76,22 @@ def _settings(config: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     return settings
 
 
+def _block(settings: Mapping[str, Any], place: str) -> Sequence[int]:
+    block = settings.get("weight_block_size") or (_BLOCK, _BLOCK)
+    if not isinstance(block, Sequence) or not all(type(b) is int and b > 0 for b in block):
+        raise CheckpointError(
+            f"{place}: its weight_block_size is {block!r}", "Expected two lengths.", "Correct it."
+        )
+    return cast(Sequence[int], block)
+
+
 def _fitted(ref: "TensorRef", scale: "TensorRef", block: Sequence[int], place: str) -> Scale:
     sizes, shape = tuple(scale.shape), ref.shape
     if scale.numel == 1:
         sizes = (1,) * len(shape)
     elif len(sizes) == 1 and len(shape) > 1:  # one for each channel
         sizes = (*sizes, *(1,) * (len(shape) - 1))
-    whole = (1,) * (len(shape) - len(block)) + tuple(int(b) for b in block)
+    whole = (1,) * (len(shape) - len(block)) + tuple(block)
     blocks = tuple(
         1 if s == d else d if s == 1 else b for s, d, b in zip(sizes, shape, whole, strict=False)
     )

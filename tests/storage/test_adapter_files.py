@@ -208,6 +208,23 @@ def test_a_configuration_that_lies_of_the_rank_is_refused(tmp_path: Path) -> Non
     assert "says rank 8" in broken(tmp_path, lambda _, c: c.update(r=8))
 
 
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 10**400, True, "8"])
+def test_a_strength_that_is_no_number_is_refused(tmp_path: Path, alpha: object) -> None:
+    assert "and alpha" in broken(tmp_path, lambda _, c: c.update(lora_alpha=alpha))
+
+
+def test_a_pattern_takes_no_longer_for_being_malicious(tmp_path: Path) -> None:
+    patterns = {r"(([a-z.0-9]+)+)+Z": 9, ".*" * 20 + "Z": 9}
+    adapt(BertModel(BERT), tmp_path, r=4, target_modules=["query"], rank_pattern=patterns)
+    assert len(read(tmp_path).low_rank) == 2
+
+
+@pytest.mark.parametrize("pattern", ["(", "((a{1000}){1000}){1000}", "(?!x)query"])
+def test_what_is_no_pattern_is_told(tmp_path: Path, pattern: str) -> None:
+    told = broken(tmp_path, lambda _, c: c.update(alpha_pattern={pattern: 9}))
+    assert "has the pattern" in told
+
+
 def test_a_layer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     told = broken(tmp_path, lambda t, _: t.update({f"{QUERY}.lora_A.weight": torch.zeros(4, 9)}))
     assert "do not fit" in told

@@ -545,10 +545,25 @@ def test_what_is_no_path_is_told(path: str) -> None:
         Folder.at(path)
 
 
-def test_a_password_in_a_uri_is_refused_and_not_repeated() -> None:
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://user:s3cret@host/model",
+        "https://s3cret@host/model",
+        "https://host/model.safetensors?signature=s3cret",
+        "simplecache::https://host/model.safetensors?signature=s3cret",
+        "ftp://user:s3cret@host/model",
+    ],
+)
+def test_a_password_in_a_uri_is_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(StoreError) as caught:
-        Folder.at("http://user:s3cret@host/model")
+        Folder.at(uri)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["hf://name@main", "abfs://c@account.dfs.core.windows.net/x"])
+def test_what_is_no_user_passes(uri: str) -> None:
+    assert Folder.at(uri).uri == uri
 
 
 class NoConnection(Exception):

@@ -104,6 +104,14 @@ def test_a_scale_that_does_not_fit_is_told(tmp_path: Path, shape: tuple[int, ...
         open_checkpoint(saved(tmp_path / "m", tensors))
 
 
+@pytest.mark.parametrize("block", [["x", 3], [0, 0], 5, [128, None]])
+def test_blocks_that_are_no_lengths_are_told(tmp_path: Path, block: object) -> None:
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}}
+    tensors = {"x.weight": weights((8, 6)), "x.weight_scale_inv": torch.ones(1, 1)}
+    with pytest.raises(CheckpointError, match="weight_block_size"):
+        open_checkpoint(saved(tmp_path / "m", tensors, config))
+
+
 def test_other_quantisations_are_refused_by_name(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "gptq"}}
     tensors = {"x.qweight": torch.zeros(2, 2, dtype=torch.int32), "x_scale": torch.ones(1)}
