@@ -234,8 +234,9 @@ def _scale(place: str, module: str, *, rank: int, config: Mapping[str, Any] | No
 
 def _is_number(alpha: object) -> bool:
     # Python's own JSON takes NaN, infinities, and integers of any length.
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    return is_number and abs(alpha) <= sys.float_info.max
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        return False
+    return abs(alpha) <= sys.float_info.max
 
 
 def _pattern(place: str, patterns: object, module: str, default: Any) -> Any:
@@ -253,7 +254,7 @@ def _ends_with(place: str, module: str, pattern: str) -> bool:
     import pyarrow.compute
 
     try:
-        return pyarrow.compute.match_substring_regex(
+        return pyarrow.compute.match_substring_regex(  # pyright: ignore[reportAttributeAccessIssue]
             pyarrow.scalar(module), pattern=rf"^(.*\.)?({pattern})$"
         ).as_py()
     except (pyarrow.ArrowInvalid, UnicodeError) as error:
