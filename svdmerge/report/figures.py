@@ -100,8 +100,10 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(matrices: Sequence[MergedMatrix]) -> list[tuple[str, list[MergedMatrix]]]:
-    """Matrices of the same name but for numbers, in their order; those with most energy first."""
-    ranked = sorted(matrices, key=lambda x: kind_of(x.name))  # stable: layers keep their order
+    """Matrices that a source changed, of the same name but for numbers, in their order; those with
+    most energy first."""
+    changed = [x for x in matrices if x.spectrum]
+    ranked = sorted(changed, key=lambda x: kind_of(x.name))  # stable: layers keep their order
     found = [(kind, list(part)) for kind, part in groupby(ranked, key=lambda x: kind_of(x.name))]
     return sorted(found, key=lambda item: -sum(x.total for x in item[1]))
 
@@ -139,7 +141,7 @@ def _spectra(kind: str, matrices: Sequence[MergedMatrix]) -> Any:
     figure, axes = _figure()
     for i, matrix in enumerate(matrices):
         colour = DEPTHS[min(i * len(DEPTHS) // len(matrices), len(DEPTHS) - 1)]
-        places, values = np.array(matrix.spectrum or [(1, np.nan)]).T
+        places, values = np.array(matrix.spectrum).T
         kept = places <= matrix.kept if matrix.cut else places > 0
         axes.plot(places, values, color=colour, linewidth=0.9, alpha=0.35)
         axes.plot(places[kept], values[kept], color=colour, linewidth=1.4)
@@ -148,11 +150,10 @@ def _spectra(kind: str, matrices: Sequence[MergedMatrix]) -> Any:
     axes.set(xscale="log", yscale="log", xlabel="place among all sources' components")
     axes.set(ylabel="salience", title=short(kind, 52))
     ends = [s for x in matrices for _, s in x.spectrum]
-    if ends:
-        least = max(min(ends), LEAST * max(ends))
-        axes.set_ylim(least / 1.5, max(ends) * 1.5)
-        if max(ends) < 100 * least:  # powers of ten alone would be one or two
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    least = max(min(ends), LEAST * max(ends))
+    axes.set_ylim(least / 1.5, max(ends) * 1.5)
+    if max(ends) < 100 * least:  # powers of ten alone would be one or two
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
