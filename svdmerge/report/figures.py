@@ -223,12 +223,13 @@ def _retained(matrices: Sequence[MergedMatrix]) -> Any:
         2, 1, sharex=True, gridspec_kw={"left": 0.18, "right": 0.97, "bottom": 0.12, "top": 0.93}
     )
     at = np.arange(1, len(matrices) + 1)
-    upper.plot(at, [x.energy for x in matrices], "o", color=BLUE, markersize=3)
+    energy = [x.energy if x.total else np.nan for x in matrices]
+    upper.plot(at, energy, "o", color=BLUE, markersize=3)
     upper.set(ylim=(0, 1.05), title="energy kept, share")
-    bound = [x.spectral / x.largest if x.largest else 0.0 for x in matrices]
+    bound = [x.spectral / x.largest if x.largest else np.nan for x in matrices]
     lower.plot(at, bound, "x", color=RED, markersize=3.5)
     lower.set(xlabel="matrix, in order", title="bound on the rest, over the largest value")
-    lower.set_ylim(0, 1.1 * max([1.0, *bound]))
+    lower.set_ylim(0, 1.1 * np.nanmax([1.0, *bound]))
     for axes in (upper, lower):
         axes.grid(color=RULE, linewidth=0.6)
     return figure
