@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from merging import Bench, factor_deltas, micro_bench, numbers, tiny_bench
-from tiny import write_model
+from tiny import tiny_base, tiny_source, write_model
 from typer.testing import CliRunner
 
 from svdmerge.cli import app
@@ -107,6 +108,23 @@ def test_a_method_without_components_has_a_page(tmp_path: Path) -> None:
     assert found.whatif == ()
     assert found.missing == ()
     assert Path(write_report(str(bench.out))).read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_what_no_source_changed_takes_no_part(tmp_path: Path, changed: bool) -> None:
+    base = tiny_base(tmp_path / "base")
+    untouched = [tiny.QUERY] if changed else tiny.shapes()
+    sources = tuple(
+        tiny_source(tmp_path / f"source-{i}", base, i * changed, untouched=untouched, scale=0.1)
+        for i in (1, 2)
+    )
+    for i, source in enumerate(sources):  # models with the same bytes would be one source
+        (source / "config.json").write_text(json.dumps({"model_type": f"tiny-{i}"}))
+    bench = Bench(root=tmp_path, base=base, sources=sources)
+    bench.run()
+    html = Path(write_report(str(bench.out))).read_text()
+    assert ("Spectra and where they were cut" in html) == changed
+    assert tiny.QUERY in html
 
 
 def test_run_writes_the_page_and_leaves_it_where_nothing_was_done(tmp_path: Path) -> None:

@@ -100,8 +100,10 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(matrices: Sequence[MergedMatrix]) -> list[tuple[str, list[MergedMatrix]]]:
-    """Matrices of the same name but for numbers, in their order; those with most energy first."""
-    ranked = sorted(matrices, key=lambda x: kind_of(x.name))  # stable: layers keep their order
+    """Matrices that a source changed, of the same name but for numbers, in their order; those with
+    most energy first."""
+    changed = [x for x in matrices if x.spectrum]
+    ranked = sorted(changed, key=lambda x: kind_of(x.name))  # stable: layers keep their order
     found = [(kind, list(part)) for kind, part in groupby(ranked, key=lambda x: kind_of(x.name))]
     return sorted(found, key=lambda item: -sum(x.total for x in item[1]))
 
@@ -139,7 +141,7 @@ def _spectra(kind: str, matrices: Sequence[MergedMatrix]) -> Any:
     figure, axes = _figure()
     for i, matrix in enumerate(matrices):
         colour = DEPTHS[min(i * len(DEPTHS) // len(matrices), len(DEPTHS) - 1)]
-        places, values = np.array(matrix.spectrum or [(1, np.nan)]).T
+        places, values = np.array(matrix.spectrum).T
         kept = places <= matrix.kept if matrix.cut else places > 0
         axes.plot(places, values, color=colour, linewidth=0.9, alpha=0.35)
         axes.plot(places[kept], values[kept], color=colour, linewidth=1.4)
@@ -223,12 +225,13 @@ def _retained(matrices: Sequence[MergedMatrix]) -> Any:
         2, 1, sharex=True, gridspec_kw={"left": 0.18, "right": 0.97, "bottom": 0.12, "top": 0.93}
     )
     at = np.arange(1, len(matrices) + 1)
-    upper.plot(at, [x.energy for x in matrices], "o", color=BLUE, markersize=3)
+    energy = [x.energy if x.total else np.nan for x in matrices]
+    upper.plot(at, energy, "o", color=BLUE, markersize=3)
     upper.set(ylim=(0, 1.05), title="energy kept, share")
-    bound = [x.spectral / x.largest if x.largest else 0.0 for x in matrices]
+    bound = [x.spectral / x.largest if x.largest else np.nan for x in matrices]
     lower.plot(at, bound, "x", color=RED, markersize=3.5)
     lower.set(xlabel="matrix, in order", title="bound on the rest, over the largest value")
-    lower.set_ylim(0, 1.1 * max([1.0, *bound]))
+    lower.set_ylim(0, 1.1 * np.nanmax([1.0, *bound]))
     for axes in (upper, lower):
         axes.grid(color=RULE, linewidth=0.6)
     return figure

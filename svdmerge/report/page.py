@@ -131,7 +131,8 @@ def captions(c: Contents) -> dict[str, str]:
         )
         if kinds > MOST_KINDS:
             told["spectra"] += f" Of {kinds} kinds of matrices the {MOST_KINDS} of most energy."
-        least = min(c.matrices, key=lambda x: x.energy)
+        # Of what no source changed nothing can be kept.
+        least = min(c.matrices, key=lambda x: (x.total == 0, x.energy))
         told["retained"] = (
             f"Energy is the share of the sources' squared Frobenius norms that was kept: "
             f"{_percent(c.energy or 0.0)} over all matrices, least in {least.name} with "
