@@ -1,6 +1,7 @@
 """Whether the sources come from the recipe's base: by what is stored of them, or by a sample.
 
-Adapters are not judged: their difference is that of their own factors, whatever the base.
+Adapters are not judged: their difference is that of their own factors, whatever the base, and a
+head that they save whole starts anew.
 """
 
 import time
@@ -69,15 +70,17 @@ def stored_kinships(
 ) -> Kinships:
     """Every source's kinship, by the matrices that the store holds of it."""
     parameters = _matrices(plan)
+    judged = _judged(plan)
     units = [
         NormsUnit(
             name=f"kinship {s.reference}", memory_bytes=KINSHIP_BYTES, threads=1, store=plan.store,
             sidecars=inventory.sidecars([s.revision], parameters), parameters=parameters,
         )
-        for s in plan.sources
+        for s in judged
     ]  # fmt: skip
     found = runtime.map(stored_norms, units, stage="kinship", progress=progress)
-    return {s.reference: kinship_of(x) for s, x in zip(plan.sources, found, strict=True)}
+    told = {s.reference: kinship_of(x) for s, x in zip(judged, found, strict=True)}
+    return {s.reference: told.get(s.reference) for s in plan.sources}
 
 
 def judge(plan: Plan, found: Kinships) -> list[str]:
@@ -132,7 +135,7 @@ def deep_plan(plan: Plan) -> DeepPlan:
         for s in plan.sources
         if all(inventory.is_known(s.revision, p) for p in parameters if p.rank)
     }
-    new = [s for s in plan.sources if s.reference not in known]
+    new = [s for s in _judged(plan) if s.reference not in known]
     sampled = _Sample(plan, parameters)
     found = {s.reference: kinship_of(sampled.norms(s)) for s in new}
     return DeepPlan(
@@ -141,6 +144,10 @@ def deep_plan(plan: Plan) -> DeepPlan:
         read_bytes=sampled.read_bytes,
         seconds=time.perf_counter() - start,
     )
+
+
+def _judged(plan: Plan) -> list[Source]:
+    return [s for s in plan.sources if not s.checkpoint.is_partial]
 
 
 def _matrices(plan: Plan) -> tuple[Parameter, ...]:
@@ -159,7 +166,7 @@ class _Sample:
         self.read_bytes = 0
 
     def norms(self, source: Source) -> Iterator[Norms]:
-        """Of the rows read of each matrix; none where the source is an adapter."""
+        """Of the rows read of each matrix."""
         import torch
 
         from svdmerge.core.delta import delta

@@ -97,7 +97,8 @@ def test_an_adapter_is_not_judged(tmp_path: Path) -> None:
     bench = micro_bench(tmp_path)
     (tmp_path / "lora").mkdir()
     pair = {"a.lora_A.weight": 50 * torch.randn(2, 18), "a.lora_B.weight": torch.randn(24, 2)}
-    save_file(pair, tmp_path / "lora" / "adapter_model.safetensors")
+    head = {"b.weight": 50 * torch.randn(9, 20)}  # saved whole
+    save_file(pair | head, tmp_path / "lora" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
     models = [str(bench.sources[0]), str(tmp_path / "lora")]
