@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 from svdmerge.core.components import RankOneComponents
 from svdmerge.core.truncate import Truncated
+from svdmerge.errors import OutputError
+from svdmerge.storage.filesystem import Folder
 
 REPORT = "svdmerge_adapter.json"
 
@@ -46,6 +48,21 @@ class PeftReport:
     def to_json(self) -> bytes:
         """The report's bytes."""
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+
+def read_report(folder: Folder) -> PeftReport:
+    """The report beside an exported adapter. Raises: OutputError, if it is malformed."""
+    try:
+        report = PeftReport(**json.loads(folder.read(REPORT)))
+        files: object = report.files
+        texts = (report.base, report.merged, report.model)
+        if not isinstance(files, dict) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("files or models are not named")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{folder.uri}/{REPORT}: malformed", str(error), "Export the adapter again."
+        ) from None
+    return report
 
 
 def rank_errors(
