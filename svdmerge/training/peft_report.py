@@ -55,7 +55,7 @@ def read_report(folder: Folder) -> PeftReport:
     try:
         report = PeftReport(**json.loads(folder.read(REPORT)))
         files: object = report.files
-        texts = (report.base, report.merged, report.model)
+        texts: tuple[object, ...] = (report.base, report.merged, report.model)
         if not isinstance(files, dict) or not all(isinstance(text, str) for text in texts):
             raise ValueError("files or models are not named")
     except (ValueError, TypeError, RecursionError) as error:
