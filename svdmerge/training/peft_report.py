@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 from svdmerge.core.components import RankOneComponents
 from svdmerge.core.truncate import Truncated
@@ -53,10 +54,10 @@ class PeftReport:
 def read_report(folder: Folder) -> PeftReport:
     """The report beside an exported adapter. Raises: OutputError, if it is malformed."""
     try:
-        report = PeftReport(**json.loads(folder.read(REPORT)))
-        files: object = report.files
-        texts: tuple[object, ...] = (report.base, report.merged, report.model)
-        if not isinstance(files, dict) or not all(isinstance(text, str) for text in texts):
+        raw: dict[str, object] = json.loads(folder.read(REPORT))
+        report = PeftReport(**cast(dict[str, Any], raw))
+        texts = [raw[name] for name in ("base", "merged", "model")]
+        if not isinstance(raw["files"], dict) or not all(isinstance(t, str) for t in texts):
             raise ValueError("files or models are not named")
     except (ValueError, TypeError, RecursionError) as error:
         raise OutputError(
