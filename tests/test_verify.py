@@ -13,6 +13,7 @@ from merging import Bench, micro_bench, micro_model, tiny_bench
 from safetensors.torch import save_file
 
 from svdmerge.errors import OutputError
+from svdmerge.training.peft_report import REPORT
 from svdmerge.verify import verify
 
 FILES, FINITE, SAME = "have their sha256", "reload and are finite", "base and sources are as"
@@ -190,3 +191,21 @@ def test_the_base_in_place_of_the_merge_is_told_where_the_cast_is_as_coarse(
     found = broken(bench.out)
     assert only(found, MERGED)
     assert any("of its values are as expected" in detail for detail in found.values())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_malformed_report_of_an_adapter_is_an_error_with_its_place(
+    tmp_path: Path, text: str
+) -> None:
+    (tmp_path / REPORT).write_text(text)
+    with pytest.raises(OutputError, match=f"{REPORT}: malformed"):
+        verify(str(tmp_path))
+
+
+def test_an_adapter_whose_files_are_gone_breaks_its_claims(tmp_path: Path) -> None:
+    fields = {"base": "b", "merged": "m", "model": "transformers:X", "files": {}, "matrices": {}}
+    fields |= {"tuned": False, "rank": None, "relative_error": 0.0, "whole": []}
+    (tmp_path / REPORT).write_text(json.dumps(fields))
+    told = {c.claim: c for c in verify(str(tmp_path))}
+    assert told["2 files have their sha256"].held is False
+    assert told["weights are finite"].detail.endswith("adapter_model.safetensors: missing")

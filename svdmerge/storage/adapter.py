@@ -234,7 +234,7 @@ def _scale(place: str, module: str, *, rank: int, config: Mapping[str, Any] | No
 
 def _is_number(alpha: object) -> bool:
     # Python's own JSON takes NaN, infinities, and integers of any length.
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         return False
     return abs(alpha) <= sys.float_info.max
 
@@ -251,10 +251,11 @@ def _pattern(place: str, patterns: object, module: str, default: Any) -> Any:
 def _ends_with(place: str, module: str, pattern: str) -> bool:
     # By Arrow's RE2, whose time is linear: `re` takes for ever with some patterns.
     import pyarrow
-    import pyarrow.compute
+    from pyarrow import compute
 
+    arrow: Any = compute  # its functions are made as it is imported
     try:
-        return pyarrow.compute.match_substring_regex(  # pyright: ignore[reportAttributeAccessIssue]
+        return arrow.match_substring_regex(
             pyarrow.scalar(module), pattern=rf"^(.*\.)?({pattern})$"
         ).as_py()
     except (pyarrow.ArrowInvalid, UnicodeError) as error:

@@ -4,9 +4,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 from svdmerge.core.components import RankOneComponents
 from svdmerge.core.truncate import Truncated
+from svdmerge.errors import OutputError
+from svdmerge.storage.filesystem import Folder
 
 REPORT = "svdmerge_adapter.json"
 
@@ -46,6 +49,21 @@ class PeftReport:
     def to_json(self) -> bytes:
         """The report's bytes."""
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+
+def read_report(folder: Folder) -> PeftReport:
+    """The report beside an exported adapter. Raises: OutputError, if it is malformed."""
+    try:
+        raw: dict[str, object] = json.loads(folder.read(REPORT))
+        report = PeftReport(**cast(dict[str, Any], raw))
+        texts = [raw[name] for name in ("base", "merged", "model")]
+        if not isinstance(raw["files"], dict) or not all(isinstance(t, str) for t in texts):
+            raise ValueError("files or models are not named")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{folder.uri}/{REPORT}: malformed", str(error), "Export the adapter again."
+        ) from None
+    return report
 
 
 def rank_errors(
