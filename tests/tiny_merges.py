@@ -32,6 +32,6 @@ def merged(root: Path, kind: type[PreTrainedModel], config: Any, **changes: Any)
                 parameter += 0.05 * torch.randn_like(parameter) if number else 0.0
         model.save_pretrained(root / f"model-{number}")
     sources = tuple(root / f"model-{number}" for number in (1, 2, 3))
-    bench = Bench(root=root, base=root / "model-0", sources=sources)
+    bench = Bench(root=root, base=root / "model-0", sources=sources, admit=True)
     bench.run(parameters={"k": "60%"}, **changes)
     return bench

@@ -214,8 +214,11 @@ def test_a_strength_that_is_no_number_is_refused(tmp_path: Path, alpha: object) 
 
 
 def test_a_pattern_takes_no_longer_for_being_malicious(tmp_path: Path) -> None:
+    # Written afterwards: PEFT itself never ends with the first one.
+    adapt(BertModel(BERT), tmp_path, r=4, target_modules=["query"])
+    file = tmp_path / "adapter" / CONFIG
     patterns = {r"(([a-z.0-9]+)+)+Z": 9, ".*" * 20 + "Z": 9}
-    adapt(BertModel(BERT), tmp_path, r=4, target_modules=["query"], rank_pattern=patterns)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rank_pattern": patterns}))
     assert len(read(tmp_path).low_rank) == 2
 
 
