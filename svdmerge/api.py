@@ -1,5 +1,6 @@
 """What `import svdmerge` offers: the commands as functions, and the store to read."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -42,13 +43,13 @@ SPECTRA = pa.schema(
 )
 
 
-class _Shown:
+class _Shown(ABC):
     """Shows itself as the command line's tables, in terminals and notebooks."""
 
     __slots__ = ()
 
-    def _tables(self) -> Iterable[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _tables(self) -> Iterable[Any]: ...
 
     def _console(self) -> Any:
         from rich.console import Console
