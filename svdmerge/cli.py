@@ -11,6 +11,7 @@ import typer
 from svdmerge.errors import RecipeError
 from svdmerge.kind.cli import kind_app
 from svdmerge.logs import Format, configure
+from svdmerge.store_cli import store_app
 from svdmerge.terminal import INTERRUPTED, Address, Json, Verbose, guard, progress, show
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-store_app = typer.Typer(help="Look after a component store.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 adapter_app = typer.Typer(help="Use what tuning has trained.", no_args_is_help=True)
 app.add_typer(adapter_app, name="adapter")
@@ -34,7 +34,6 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in 
 MaxShardSize = Annotated[
     str | None, typer.Option(help="Of the output's weights files, as 5GB; the recipe's if none.")
 ]
-StoreUri = Annotated[str, typer.Argument(metavar="STORE", help="A folder or fsspec URI.")]
 
 
 @app.callback()
@@ -439,55 +438,6 @@ def adapter_export(
     guard(work, verbose=verbose)
 
 
-@store_app.command("ls")
-def store_ls(store: StoreUri, as_json: Json = False, verbose: Verbose = False) -> None:
-    """List the sources a store holds."""
-
-    def work() -> None:
-        from dataclasses import asdict
-
-        from svdmerge.storage.maintenance import list_sources
-        from svdmerge.tables import store_table
-
-        found = list_sources(_folder(store))
-        show(as_json, lambda: [asdict(s) for s in found], lambda: [store_table(found)])
-
-    guard(work, verbose=verbose)
-
-
-@store_app.command("verify")
-def store_verify(store: StoreUri, as_json: Json = False, verbose: Verbose = False) -> None:
-    """Read every committed object whole and compare it with its commit."""
-
-    def work() -> None:
-        from svdmerge.storage.maintenance import verify as faults_of
-
-        faults = faults_of(_folder(store))
-        show(as_json, lambda: {"faults": faults}, lambda: faults or ["No faults."])
-        if faults:
-            raise typer.Exit(1)
-
-    guard(work, verbose=verbose)
-
-
-@store_app.command("gc")
-def store_gc(
-    store: StoreUri,
-    older_than_hours: Annotated[float, typer.Option(min=0.0, help="Spare younger objects.")] = 24,
-    as_json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Remove objects that no commit names."""
-
-    def work() -> None:
-        from svdmerge.storage.maintenance import collect_garbage
-
-        removed = collect_garbage(_folder(store), grace_s=older_than_hours * 3600)
-        show(as_json, lambda: {"removed": removed}, lambda: [f"{len(removed)} objects removed."])
-
-    guard(work, verbose=verbose)
-
-
 def main() -> None:
     """The entry point."""
     app()
@@ -538,12 +488,3 @@ def _every(seconds: float, work: Callable[[], None]) -> None:
 
 def _names(text: str | None) -> list[str]:
     return text.split(",") if text else []
-
-
-def _folder(uri: str) -> Any:
-    from svdmerge.storage.filesystem import Folder
-
-    folder = Folder.at(uri)
-    if not folder.exists():
-        raise RecipeError(f"{uri}: does not exist", "", "Check the path of the store.")
-    return folder

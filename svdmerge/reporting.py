@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from svdmerge.core.params import Action
+from svdmerge.described import summary_of
 from svdmerge.engine.account import MatrixAccount, account
 from svdmerge.engine.assemble import FACTORS
 from svdmerge.engine.notices import notices
@@ -27,7 +28,6 @@ from svdmerge.storage.filesystem import Folder
 from svdmerge.storage.hf_model import PROVENANCE, RECIPE, load_factors, put_file
 from svdmerge.storage.layout import MANIFEST
 from svdmerge.storage.output import Manifest, read_manifest
-from svdmerge.workflow import summary_of
 
 if TYPE_CHECKING:
     from svdmerge.report.run_report import RunReport

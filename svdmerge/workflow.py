@@ -4,16 +4,13 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from svdmerge import __version__
-from svdmerge.core.methods.registry import METHODS
+from svdmerge.described import licences_of, manifest_of, pq_bytes, side_files
 from svdmerge.engine import assemble, kinship, select
 from svdmerge.engine.decompose import decompose, pending
 from svdmerge.engine.estimate import estimate, unlike
@@ -27,21 +24,18 @@ from svdmerge.errors import RecipeError, ResourceError, StoreError, SvdmergeErro
 from svdmerge.places import check_places
 from svdmerge.progress import SILENT, Progress, Recorded
 from svdmerge.recipe import Recipe, TuneConfig
-from svdmerge.report.card import CardSource, licence_in, model_card
 from svdmerge.report.run_report import RunReport, StageProgress, StageReport
 from svdmerge.storage import layout
 from svdmerge.storage.filesystem import Folder
-from svdmerge.storage.hf_model import PROVENANCE, RECIPE, WrittenFile, put_file, put_index
+from svdmerge.storage.hf_model import put_index
 from svdmerge.storage.output import (
     UNFINISHED,
-    Manifest,
     check_ours,
     damaged_files,
     publish,
     read_manifest,
     release,
     staging,
-    written_files,
 )
 from svdmerge.storage.side_files import copy_side_files
 
@@ -51,10 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DONE = "DONE"
-# What models state, by their names.
-Licences = Mapping[str, str | None]
-# Of a model's card: front matter comes first.
-MAX_CARD_BYTES = 1 << 20
 # Seconds between reports of a run that goes on: who looks needs no more, and stores charge by the
 # request.
 REPORT_S = 2.0
@@ -322,13 +312,13 @@ class Run:
                 plan, staged, runtime=self._runtime, progress=self._progress
             )
             found = pq_bytes(select.provenance(self._merged, selection))
-            licences = _licences(plan)
-            written += _side_files(
+            licences = licences_of(plan)
+            written += side_files(
                 plan, staged, provenance=found, licences=licences, report=self.report
             )
             copy_side_files(plan.base, staged)
             written += put_index(staged, assemble.output_files(plan))
-            publish(staged, self.out, manifest=_manifest(plan, staged, written, licences))
+            publish(staged, self.out, manifest=manifest_of(plan, staged, written, licences))
         finally:
             release(staged)
         return []
@@ -447,99 +437,6 @@ def _kept(plan: Plan, selection: pa.Table) -> dict[str, int]:
     columns = (selection.column("parameter").to_pylist(), selection.column("source").to_pylist())
     kept.update(names[s] for p, s in zip(*columns, strict=True) if not p.endswith("#flat"))
     return dict(sorted(kept.items()))
-
-
-def pq_bytes(table: pa.Table) -> bytes:
-    """The table as a parquet file."""
-    buffer = BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def _side_files(
-    plan: Plan, out: Folder, *, provenance: bytes, licences: Licences, report: RunReport
-) -> list[WrittenFile]:
-    """Card, resolved recipe and provenance."""
-    recipe_yaml = plan.recipe.dump_yaml()
-    card = model_card(
-        title=out_name(plan),
-        base=plan.base.reference,
-        base_licence=licences[plan.base.reference],
-        sources=[
-            CardSource(
-                name=s.reference,
-                revision=s.revision,
-                weight=s.weight,
-                kept=report.kept.get(s.reference, 0),
-                licence=licences[s.reference],
-            )
-            for s in sorted(plan.sources, key=lambda s: s.reference)
-        ],
-        recipe_yaml=recipe_yaml,
-        summary=summary_of(plan.recipe, num_sources=len(plan.sources)) + _chosen(report),
-    )
-    return [
-        put_file(out, PROVENANCE, provenance),
-        put_file(out, RECIPE, recipe_yaml.encode()),
-        put_file(out, "README.md", card.encode()),
-    ]
-
-
-def _licences(plan: Plan) -> Licences:
-    """What each model states, by its name."""
-    folders = {s.reference: s.checkpoint.folder for s in plan.sources}
-    folders[plan.base.reference] = plan.base.folder
-    return {name: _licence(folder) for name, folder in folders.items()}
-
-
-def _licence(folder: Folder) -> str | None:
-    """What a model's own card states."""
-    with contextlib.suppress(FileNotFoundError):
-        text = folder.read("README.md", start=0, stop=MAX_CARD_BYTES)
-        return licence_in(text.decode(errors="replace"))
-    return None
-
-
-def _chosen(report: RunReport) -> str:
-    if report.adaptation is None:
-        return ""
-    return f" Sources and strength by the target's examples: {report.adaptation.verdict}"
-
-
-def out_name(plan: Plan) -> str:
-    """The output folder's name."""
-    return Folder.at(plan.recipe.out).name
-
-
-def summary_of(recipe: Recipe, *, num_sources: int) -> str:
-    """What the merge is, in a sentence."""
-    p = recipe.parameters
-    share = f"{p.k:.4g} of each matrix's rank" if isinstance(p.k, float) else f"{p.k} per matrix"
-    share += ", spent over all matrices" * (p.scope == "global")
-    return METHODS[recipe.merge_method].summary.format(
-        n=num_sources, k=share, salience=p.salience, density=f"{p.density or 1:.3g}"
-    )
-
-
-def _manifest(
-    plan: Plan, staged: Folder, written: Sequence[WrittenFile], licences: Licences
-) -> Manifest:
-    return Manifest(
-        plan_hash=plan.hash,
-        svdmerge_version=__version__,
-        base=plan.base.reference,
-        base_revision=plan.base.revision,
-        base_licence=licences[plan.base.reference],
-        sources=tuple(
-            {
-                "model": s.reference, "revision": s.revision, "weight": s.weight,
-                "licence": licences[s.reference],
-            }
-            for s in plan.sources
-        ),
-        actions={name: str(action) for name, action in plan.actions.items()},
-        files=written_files(staged, known=written),
-    )  # fmt: skip
 
 
 def _plan_json(plan: Plan) -> bytes:
