@@ -99,11 +99,8 @@ def settings_digest(recipe: Recipe) -> str:
 def versions(examples: TuneConfig) -> list[object]:
     """Size and version of every file of a target's examples, or of many targets'."""
     every = [examples.of(t) for t in examples.targets] or [examples]
-    places = [Folder.at(place) for config in every for place in (config.train, config.test)]
-    return [
-        [s.size, s.version] if (s := place.stat()) else sorted(place.find().items())
-        for place in places
-    ]
+    places = (place for config in every for place in (config.train, config.test))
+    return [Folder.at(place).versions() for place in places]
 
 
 def _whole(model: str, tuned: str | None) -> Checkpoint:

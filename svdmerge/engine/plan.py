@@ -444,7 +444,8 @@ _EXAMPLES = {"task", "model", "input", "label", "per_class", "max_length", "seed
 
 def _target(tune: TuneConfig) -> list[object]:
     """What a merge for a target depends on besides the models."""
-    place = Folder.at(tune.train)
-    stat = place.stat()
-    version = [stat.size, stat.version] if stat else sorted(place.find().items())
-    return [tune.train, version, tune.model_dump(mode="json", include=_EXAMPLES)]
+    return [
+        tune.train,
+        Folder.at(tune.train).versions(),
+        tune.model_dump(mode="json", include=_EXAMPLES),
+    ]

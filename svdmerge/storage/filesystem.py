@@ -153,6 +153,13 @@ class Folder:
             return {}
         return {p.removeprefix(root): int(i["size"]) for p, i in sorted(found.items())}
 
+    def versions(self) -> list[tuple[str, int, str]]:
+        """Name, size and version of every file below, or of the file that this place is."""
+        if (own := self.stat()) is not None:
+            return [("", own.size, own.version)]
+        stats = ((name, self.stat(name)) for name in self.find())
+        return [(name, s.size, s.version) for name, s in stats if s is not None]
+
     @_again
     def glob(self, pattern: str) -> dict[str, bool]:
         """Paths below that match now, relative to this folder, and whether each is a folder."""

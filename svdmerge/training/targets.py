@@ -220,18 +220,9 @@ def _key(unit: TargetUnit) -> str:
         [s.revision for s in unit.sources],
         factors_digest(load_factors(Folder.at(unit.factors))),
         unit.threads,
-        *(_versions(path) for path in (unit.config.train, unit.config.test)),
+        *(Folder.at(path).versions() for path in (unit.config.train, unit.config.test)),
     ]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _versions(path: str) -> list[tuple[str, int, str]]:
-    """Size and version of a file, or of all files in a folder."""
-    place = Folder.at(path)
-    if (stat := place.stat()) is not None:
-        return [("", stat.size, stat.version)]
-    stats = ((name, place.stat(name)) for name in place.find())
-    return [(name, s.size, s.version) for name, s in stats if s is not None]
 
 
 def _finished(out: Folder, key: str) -> TuneResult | None:

@@ -610,3 +610,17 @@ def test_a_filesystem_that_overwrites_does_not_enforce_put_once(
     monkeypatch.setattr(folder.fs, "pipe_file", lambda path, value, **_: real(path, value))
     assert not folder.enforces_put_once()
     assert folder.names() == []
+
+
+def test_a_place_has_the_versions_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).write_text(name)
+    folder, file = Folder.at(tmp_path / "data"), Folder.at(tmp_path / "data/a")
+    before, of_file = folder.versions(), file.versions()
+    assert [(name, size) for name, size, _ in before] == [("a", 1), ("b", 1)]
+    assert of_file == [("", 1, before[0][2])]
+    # Of the same size, in place.
+    os.utime(tmp_path / "data/a", ns=(1, 1))
+    assert [x == y for x, y in zip(before, folder.versions(), strict=True)] == [False, True]
+    assert file.versions() != of_file
